@@ -1,0 +1,39 @@
+"""What a call can choose: the preconditioner's rule and the backend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Feedback = Literal["beta_free", "beta_aware"]
+Backend = Literal["auto", "reference", "chunked", "triton"]
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """The rule by which d is learned online: d_{t+1} = clip(lambda_t d_t + eta e_t k_t^2, d_min, d_max).
+
+    eta: step size, a float >= 0 that is not differentiated. At 0, d is d_0 times the running product of lambda.
+    feedback: "beta_free", e_t = 1 - <d_t, k_t^2> (the paper's OSDN), or "beta_aware",
+        e_t = beta_t (1 - beta_t <d_t, k_t^2>), the true hypergradient (its gated variants).
+    d_min, d_max: the box, applied after every token. d_0 itself is not clipped. With unit keys and beta <= beta_max,
+        d_min >= 0 and d_max <= 2 / beta_max keep |1 - beta_t x_t| <= 1 at every token.
+    normalize_step: divide e_t by sum(k_t^2) + 1e-5, for keys that are not of unit length.
+
+    Raises ValueError for eta < 0, d_min > d_max, an unknown feedback, or a NaN. Source: arXiv 2605.13473.
+    """
+
+    eta: float = 1.0
+    feedback: Feedback = "beta_free"
+    d_min: float = 0.0
+    d_max: float = math.inf
+    normalize_step: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta: got {self.eta!r}, takes a finite float >= 0")
+        if self.feedback not in get_args(Feedback):
+            raise ValueError(f"feedback: got {self.feedback!r}, takes one of {get_args(Feedback)}")
+        if not self.d_min <= self.d_max:
+            raise ValueError(f"d_min, d_max: got [{self.d_min!r}, {self.d_max!r}], takes d_min <= d_max")
