@@ -1,0 +1,314 @@
+"""The two sequential parts of the chunked backend, as `torch.library` operators with hand-written backwards.
+
+    osdn::precondition_scan   e = (I + L)^-1 (c1 - c2 G s d), then d_t; a token scan from a chunk's first clip on
+    osdn::delta_scan          U = (I + A)^-1 (vb - kb S), O = q S + P U, S <- Gamma S + w^T U
+
+Being opaque operators, their loops over chunks and the data-dependent token scan leave a `torch.compile` graph whole.
+Rows [M, C, ...] and waves are those of `chunked.py`: M rows, C chunk length, R = N * H states, K key dim, V value dim;
+`waves` holds the number of rows of each wave, and a wave of n rows concerns the first n states.
+Derivations: docs/math.md.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+
+def segment_sums(f: Tensor) -> Tensor:
+    """[M, C] -> [M, C, C]: sum_{j < i <= t} f_i at (t, j) for j <= t, -inf above the diagonal. No cancellation."""
+    C = f.shape[1]
+    ones = torch.ones(C, C, dtype=torch.bool, device=f.device)
+    x = f[:, :, None].expand(-1, C, C).masked_fill(~ones.tril(-1), 0)
+    return x.cumsum(1).masked_fill(~ones.tril(), -torch.inf)
+
+
+def _solve_parts(
+    s: Tensor, c2: Tensor, forget: Tensor | None, eta: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """L with (I + L) e = c1 - c2 G s d; R_tj = prod_{j < i <= t} lambda_i; G_t+1 = prod_{i <= t} lambda_i."""
+    L = (s * (eta * c2)[..., None]) @ s.mT
+    if forget is None:
+        return L, None, None
+    R = segment_sums(forget).exp()
+    L[:, 1:] *= R[:, :-1]
+    return L, R, forget.cumsum(1).exp()
+
+
+@torch.library.custom_op(
+    "osdn::precondition_scan",
+    mutates_args=(),
+    schema="(Tensor s, Tensor c1, Tensor c2, Tensor? forget, Tensor d, int[] waves, float eta, float d_min, "
+    "float d_max) -> (Tensor, Tensor, Tensor)",
+)
+def precondition_scan(
+    s: Tensor,
+    c1: Tensor,
+    c2: Tensor,
+    forget: Tensor | None,
+    d: Tensor,
+    waves: list[int],
+    eta: float,
+    d_min: float,
+    d_max: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_{t+1} = clip(lambda_t d_t + eta (c1_t - c2_t <d_t, s_t>) s_t) over all rows.
+
+    s [M, C, K], c1, c2, forget (log lambda) [M, C], d [R, K] -> d as used [M, C, K], d after the last token [R, K],
+    and where the clip was inactive [M, C, K].
+    """
+    L, R, G = _solve_parts(s, c2, forget, eta)
+    used, inside = torch.empty_like(s), torch.ones_like(s, dtype=torch.bool)
+    d = d.clone()
+    for w, n in _slices(waves):
+        x = torch.bmm(s[w], d[:n, :, None])[..., 0]
+        if G is not None:
+            x[:, 1:] *= G[w, :-1]
+        e = torch.linalg.solve_triangular(L[w], (c1[w] - c2[w] * x)[..., None], upper=False, unitriangular=True)
+        step = eta * e * s[w]
+        if R is None or G is None:
+            after = step.cumsum(1).add_(d[:n, None])
+        else:
+            after = torch.baddbmm(G[w][..., None] * d[:n, None], R[w], step)
+        low, high = torch.aminmax(after)
+        if not (low >= d_min and high <= d_max):
+            _finish_by_tokens(after, inside[w], d[:n], w, s, c1, c2, forget, eta, d_min, d_max)
+        used[w, 0], used[w, 1:] = d[:n], after[:, :-1]
+        d[:n] = after[:, -1]
+    return used, d, inside
+
+
+def _slices(waves: list[int]) -> list[tuple[slice, int]]:
+    return [(slice(a, b), b - a) for a, b in pairwise(accumulate(waves, initial=0))]
+
+
+def _finish_by_tokens(
+    after: Tensor,
+    inside: Tensor,
+    d: Tensor,
+    w: slice,
+    s: Tensor,
+    c1: Tensor,
+    c2: Tensor,
+    forget: Tensor | None,
+    eta: float,
+    d_min: float,
+    d_max: float,
+) -> None:
+    """From each row's first clip on, replace the solved d_{t+1} in `after` [n, C, K] by those of the token scan."""
+    out = ((after < d_min) | (after > d_max) | after.isnan()).any(-1)
+    rows = out.any(-1).nonzero()[:, 0]
+    first = out[rows].int().argmax(-1)
+    s, c1, c2 = (x[w][rows] for x in (s, c1, c2))
+    keeps = None if forget is None else forget[w][rows].exp()
+    after_, inside_ = after[rows], inside[rows]
+    for t in range(int(first.min()), s.shape[1]):
+        now = after_[:, t - 1] if t else d[rows]
+        e = c1[:, t] - c2[:, t] * (now * s[:, t]).sum(-1)
+        raw = (now if keeps is None else keeps[:, t, None] * now) + eta * e[:, None] * s[:, t]
+        clipped, solved = raw.clamp(d_min, d_max), (t < first)[:, None]
+        after_[:, t] = torch.where(solved, after_[:, t], clipped)
+        inside_[:, t] = solved | (raw == clipped)
+    after[rows], inside[rows] = after_, inside_
+
+
+@precondition_scan.register_fake
+def _(s, c1, c2, forget, d, waves, eta, d_min, d_max):  # type: ignore[no-untyped-def]
+    return torch.empty_like(s), torch.empty_like(d), torch.empty_like(s, dtype=torch.bool)
+
+
+@torch.library.custom_op(
+    "osdn::precondition_scan_backward",
+    mutates_args=(),
+    schema="(Tensor grad_used, Tensor grad_final, Tensor s, Tensor c1, Tensor c2, Tensor? forget, Tensor used, "
+    "Tensor inside, int[] waves, float eta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def precondition_scan_backward(
+    grad_used: Tensor,
+    grad_final: Tensor,
+    s: Tensor,
+    c1: Tensor,
+    c2: Tensor,
+    forget: Tensor | None,
+    used: Tensor,
+    inside: Tensor,
+    waves: list[int],
+    eta: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of s, c1, c2, forget (empty without) and d_0.
+
+    With m_t the clip's mask, a_t the incoming gradient of d_t: u_t = m_t adj_{t+1}, p_t = <u_t, s_t>,
+    adj_t = a_t + lambda_t u_t - eta c2_t p_t s_t; where no clip fired, (I + L^T) p = <s, R^T a>.
+    """
+    with torch.autocast(s.device.type, enabled=False):
+        L, R, _ = _solve_parts(s, c2, forget, eta)
+        lam = None if forget is None else forget.exp()
+        u, p = torch.empty_like(s), torch.empty_like(c1)
+        adj = grad_final.clone()
+        for w, n in reversed(_slices(waves)):
+            a, s_, c2_ = grad_used[w], s[w], eta * c2[w]
+            if inside[w].all():
+                u_ = _backward_sum(R, w, torch.cat([a[:, 1:], adj[:n, None]], 1))
+                h = (u_ * s_).sum(-1, keepdim=True)
+                p_ = torch.linalg.solve_triangular(L[w].mT, h, upper=True, unitriangular=True)[..., 0]
+                back = (c2_ * p_)[..., None] * s_
+                if u_.shape[1] > 1:
+                    u_[:, :-1] -= _backward_sum(None if R is None else R[:, :-1, :-1], w, back[:, 1:])
+                u[w], p[w] = u_, p_
+                adj[:n] = a[:, 0] + (u_[:, 0] if lam is None else lam[w, :1] * u_[:, 0]) - back[:, 0]
+            else:
+                for t in reversed(range(s.shape[1])):
+                    u_ = inside[w][:, t] * adj[:n]
+                    p_ = (u_ * s_[:, t]).sum(-1)
+                    u[w, t], p[w, t] = u_, p_
+                    kept = u_ if lam is None else lam[w, t, None] * u_
+                    adj[:n] = a[:, t] + kept - (c2_[:, t] * p_)[:, None] * s_[:, t]
+        x = (used * s).sum(-1)
+        p = eta * p
+        ds = (eta * (c1 - c2 * x))[..., None] * u - (c2 * p)[..., None] * used
+        df = s.new_empty(0) if lam is None else lam * (u * used).sum(-1)
+        return ds, p, -p * x, df, adj
+
+
+def _backward_sum(R: Tensor | None, w: slice, x: Tensor) -> Tensor:
+    """sum_{j >= t} R_jt x_j, R = 1 below the diagonal where there is no forgetting."""
+    return x.flip(1).cumsum(1).flip(1) if R is None else R[w].mT @ x
+
+
+@precondition_scan_backward.register_fake
+def _(grad_used, grad_final, s, c1, c2, forget, used, inside, waves, eta):  # type: ignore[no-untyped-def]
+    df = s.new_empty(0) if forget is None else torch.empty_like(forget)
+    return torch.empty_like(s), torch.empty_like(c1), torch.empty_like(c2), df, torch.empty_like(grad_final)
+
+
+def _precondition_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    s, c1, c2, forget, _, ctx.waves, ctx.eta, _, _ = inputs
+    used, _, inside = output
+    ctx.mark_non_differentiable(inside)
+    ctx.save_for_backward(s, c1, c2, forget, used, inside)
+
+
+def _precondition_backward(ctx, grad_used, grad_final, _):  # type: ignore[no-untyped-def]
+    s, c1, c2, forget, used, inside = ctx.saved_tensors
+    ds, dc1, dc2, df, dd = precondition_scan_backward(
+        grad_used, grad_final, s, c1, c2, forget, used, inside, ctx.waves, ctx.eta
+    )
+    return ds, dc1, dc2, None if forget is None else df, dd, None, None, None, None
+
+
+precondition_scan.register_autograd(_precondition_backward, setup_context=_precondition_setup)
+
+
+@torch.library.custom_op(
+    "osdn::delta_scan",
+    mutates_args=(),
+    schema="(Tensor q, Tensor kb, Tensor w, Tensor vb, Tensor A, Tensor P, Tensor? kept, Tensor S, int[] waves, "
+    "bool saves) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def delta_scan(
+    q: Tensor,
+    kb: Tensor,
+    w: Tensor,
+    vb: Tensor,
+    A: Tensor,
+    P: Tensor,
+    kept: Tensor | None,
+    S: Tensor,
+    waves: list[int],
+    saves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chunk by chunk: U = (I + A)^-1 (vb - kb S), O = q S + P U, S <- kept S + w^T U.
+
+    q, kb, w [M, C, K], vb [M, C, V], A (below the diagonal), P [M, C, C], kept [M, 1 | K], S [R, K, V]
+    -> O [M, C, V], S after the last token, and, when `saves`, U [M, C, V] and S before each chunk [M, K, V].
+    """
+    M, C, K = q.shape
+    V = vb.shape[-1]
+    o = torch.empty_like(vb)
+    U_all, S_all = (vb.new_empty(shape if saves else 0) for shape in ((M, C, V), (M, K, V)))
+    S = S.clone()
+    for i, n in _slices(waves):
+        S_ = S[:n]
+        U = torch.linalg.solve_triangular(
+            A[i], torch.baddbmm(vb[i], kb[i], S_, alpha=-1), upper=False, unitriangular=True
+        )
+        if saves:
+            U_all[i], S_all[i] = U, S_
+        torch.bmm(q[i], S_, out=o[i])
+        o[i].baddbmm_(P[i], U)
+        if kept is not None:
+            S_ *= kept[i, :, None]
+        S_.baddbmm_(w[i].mT, U)
+    return o, S, U_all, S_all
+
+
+@delta_scan.register_fake
+def _(q, kb, w, vb, A, P, kept, S, waves, saves):  # type: ignore[no-untyped-def]
+    saved = (vb.shape, (*q.shape[::2], vb.shape[-1])) if saves else ((0,), (0,))
+    return torch.empty_like(vb), torch.empty_like(S), *(vb.new_empty(x) for x in saved)
+
+
+@torch.library.custom_op(
+    "osdn::delta_scan_backward",
+    mutates_args=(),
+    schema="(Tensor grad_o, Tensor grad_S, Tensor q, Tensor kb, Tensor w, Tensor A, Tensor P, Tensor? kept, Tensor U, "
+    "Tensor S, int[] waves) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def delta_scan_backward(
+    grad_o: Tensor,
+    grad_S: Tensor,
+    q: Tensor,
+    kb: Tensor,
+    w: Tensor,
+    A: Tensor,
+    P: Tensor,
+    kept: Tensor | None,
+    U: Tensor,
+    S: Tensor,
+    waves: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, kb, w, vb, A, P, kept (empty without) and S_0; S holds the state before each chunk."""
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dkb, dw, dvb, dA, dP = (torch.empty_like(x) for x in (q, kb, w, U, A, P))
+        dkept = q.new_empty(0) if kept is None else torch.empty_like(kept)
+        dS = grad_S.clone()
+        for i, n in reversed(_slices(waves)):
+            dS_, do = dS[:n], grad_o[i]
+            dU = torch.baddbmm(w[i] @ dS_, P[i].mT, do)
+            dR = torch.linalg.solve_triangular(A[i].mT, dU, upper=True, unitriangular=True)
+            torch.bmm(U[i], dS_.mT, out=dw[i])
+            torch.bmm(do, U[i].mT, out=dP[i])
+            torch.bmm(do, S[i].mT, out=dq[i])
+            torch.bmm(dR, U[i].mT, out=dA[i]).neg_()
+            torch.bmm(dR, S[i].mT, out=dkb[i]).neg_()
+            dvb[i] = dR
+            if kept is not None:
+                per_channel = (dS_ * S[i]).sum(-1)
+                dkept[i] = per_channel if kept.shape[1] > 1 else per_channel.sum(-1, keepdim=True)
+                dS_ *= kept[i, :, None]
+            dS_.baddbmm_(q[i].mT, do).baddbmm_(kb[i].mT, dR, alpha=-1)
+        return dq, dkb, dw, dvb, dA.tril_(-1), dP, dkept, dS
+
+
+@delta_scan_backward.register_fake
+def _(grad_o, grad_S, q, kb, w, A, P, kept, U, S, waves):  # type: ignore[no-untyped-def]
+    dkept = q.new_empty(0) if kept is None else torch.empty_like(kept)
+    return *(torch.empty_like(x) for x in (q, kb, w, U, A, P)), dkept, torch.empty_like(grad_S)
+
+
+def _delta_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, kb, w, _, A, P, kept, _, ctx.waves, _ = inputs
+    _, _, U, S = output
+    ctx.mark_non_differentiable(U, S)
+    ctx.save_for_backward(q, kb, w, A, P, kept, U, S)
+
+
+def _delta_backward(ctx, grad_o, grad_S, *_):  # type: ignore[no-untyped-def]
+    q, kb, w, A, P, kept, U, S = ctx.saved_tensors
+    *grads, dkept, dS = delta_scan_backward(grad_o, grad_S, q, kb, w, A, P, kept, U, S, ctx.waves)
+    return *grads, None if kept is None else dkept, dS, None, None
+
+
+delta_scan.register_autograd(_delta_backward, setup_context=_delta_setup)
