@@ -273,6 +273,7 @@ def delta_scan_backward(
     with torch.autocast(q.device.type, enabled=False):
         dq, dkb, dw, dvb, dA, dP = (torch.empty_like(x) for x in (q, kb, w, U, A, P))
         dkept = q.new_empty(0) if kept is None else torch.empty_like(kept)
+        below = A.new_ones(A.shape[1:]).tril(-1)
         dS = grad_S.clone()
         for i, n in reversed(_slices(waves)):
             dS_, do = dS[:n], grad_o[i]
@@ -289,7 +290,7 @@ def delta_scan_backward(
                 dkept[i] = per_channel if kept.shape[1] > 1 else per_channel.sum(-1, keepdim=True)
                 dS_ *= kept[i, :, None]
             dS_.baddbmm_(q[i].mT, do).baddbmm_(kb[i].mT, dR, alpha=-1)
-        return dq, dkb, dw, dvb, dA.tril_(-1), dP, dkept, dS
+        return dq, dkb, dw, dvb, dA.mul_(below), dP, dkept, dS
 
 
 @delta_scan_backward.register_fake

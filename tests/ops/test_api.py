@@ -1,0 +1,185 @@
+"""Refusals by their message, defaults, dispatch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+
+import pytest
+import torch
+
+import osdn
+from osdn.ops import api, dispatch
+
+P = osdn.Preconditioner(feedback="beta_aware")
+
+
+def call(**changes):
+    B, T, H, K, V = 2, 5, 2, 4, 3
+    args = {
+        "q": torch.randn(B, T, H, K),
+        "k": torch.randn(B, T, H, K),
+        "v": torch.randn(B, T, H, V),
+        "beta": torch.rand(B, T, H),
+        "preconditioner": P,
+    } | changes
+    return osdn.online_scaled_delta_rule(**args)
+
+
+def packed(bounds, T=5, dtype=torch.int64):
+    return {
+        "q": torch.randn(1, T, 2, 4),
+        "k": torch.randn(1, T, 2, 4),
+        "v": torch.randn(1, T, 2, 3),
+        "beta": torch.rand(1, T, 2),
+        "cu_seqlens": torch.tensor(bounds, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.randn(2, 5, 2)}, r"k: got \(2, 5, 2\), takes shape \[B, T, H, K\]"),
+        ({"q": torch.randn(2, 0, 2, 4), "k": torch.randn(2, 0, 2, 4)}, r"k: got \(2, 0, 2, 4\)"),
+        ({"k": torch.ones(2, 5, 2, 4, dtype=torch.int64)}, "k: got torch.int64, takes a floating dtype"),
+        ({"q": torch.randn(2, 5, 2, 3)}, r"q: got \(2, 5, 2, 3\), takes the shape of k, \(2, 5, 2, 4\)"),
+        ({"q": torch.randn(2, 5, 2, 4).bfloat16()}, "q: got torch.bfloat16, takes the dtype of k, torch.float32"),
+        ({"v": torch.randn(2, 4, 2, 3)}, r"v: got \(2, 4, 2, 3\), takes shape \[2, 5, HV, V\]"),
+        ({"v": torch.randn(2, 5, 3, 3)}, "HV a multiple of 2"),
+        ({"v": torch.randn(2, 5, 2, 3).double()}, "v: got torch.float64"),
+        ({"beta": torch.rand(2, 5)}, r"beta: got \(2, 5\), takes shape \[2, 5, 2\]"),
+        ({"beta": torch.rand(2, 5, 2).double()}, "beta: got torch.float64, takes torch.float32"),
+        ({"g": torch.zeros(2, 5, 2, 3)}, r"g: got .* takes shape \[2, 5, 2\] or shape \[2, 5, 2, 4\]"),
+        ({"forget": torch.zeros(2, 5, 2, 1)}, r"forget: got \(2, 5, 2, 1\), takes shape \[2, 5, 2\]"),
+        ({"forget": torch.zeros(2, 5, 2), "preconditioner": None}, "forget: got a tensor, takes None"),
+        ({"preconditioner": {"eta": 1.0}}, "preconditioner: got dict, takes an osdn.Preconditioner or None"),
+        ({"initial_state": torch.zeros(2, 2, 4, 3)}, "initial_state: got Tensor, takes an osdn.DeltaState"),
+        ({"initial_state": osdn.DeltaState(torch.zeros(2, 2, 3, 4))}, r"initial_state.S: got .*\(2, 2, 3, 4\)"),
+        ({"initial_state": osdn.DeltaState(torch.zeros(2, 2, 4, 3).bfloat16())}, "initial_state.S: got torch.bfloat16"),
+        ({"initial_state": osdn.DeltaState(d=torch.ones(1, 2, 4))}, r"initial_state.d: got .*\(1, 2, 4\)"),
+        ({"initial_state": osdn.DeltaState(d=torch.ones(2, 2, 4)), "preconditioner": None}, "initial_state.d: got a"),
+        ({"chunk_size": 48}, "chunk_size: got 48, takes a power of two"),
+        ({"backend": "cuda"}, "backend: got 'cuda', takes one of 'auto', 'reference', 'chunked', 'triton'"),
+        ({"backend": "triton"}, "backend: 'triton' is not available, .* use 'chunked'"),
+        ({"beta": torch.rand(2, 5, 2, device="meta")}, "beta: got meta, takes the device of k, cpu"),
+        (packed([0, 5]) | {"q": torch.randn(2, 5, 2, 4)}, "q: got"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: got B = 2, takes a packed batch, B = 1"),
+        (packed([1, 5]), r"cu_seqlens: got \[1, 5\], takes offsets from 0 to T = 5"),
+        (packed([0, 4]), r"cu_seqlens: got \[0, 4\]"),
+        (packed([0, 3, 2, 5]), r"cu_seqlens: got \[0, 3, 2, 5\], takes offsets .* that do not decrease"),
+        (packed([0, *range(1, 20), 3]), r"cu_seqlens: got \[0, 1, ..., 3\]"),
+        (packed([0.0, 5.0], dtype=torch.float32), "cu_seqlens: got torch.float32"),
+        (packed([5]), "cu_seqlens: got"),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eta": -0.1}, "eta: got -0.1, takes a finite float >= 0"),
+        ({"eta": math.nan}, "eta: got nan"),
+        ({"d_min": 1.0, "d_max": 0.5}, r"d_min, d_max: got \[1.0, 0.5\], takes d_min <= d_max"),
+        ({"d_max": math.nan}, "d_min, d_max"),
+        ({"feedback": "beta"}, "feedback: got 'beta', takes one of"),
+    ],
+)
+def test_preconditioner_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        osdn.Preconditioner(**fields)
+
+
+def test_unknown_keyword_is_an_error():
+    with pytest.raises(TypeError, match="forgets"):
+        call(forgets=None)
+
+
+def test_precondition_refuses():
+    k = torch.randn(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="beta: got None, takes a tensor .* for beta_aware feedback"):
+        osdn.precondition(k, None, preconditioner=P)
+    with pytest.raises(ValueError, match="preconditioner: got NoneType"):
+        osdn.precondition(k, None, preconditioner=None)
+    with pytest.raises(ValueError, match="initial_d: got"):
+        osdn.precondition(k, None, preconditioner=osdn.Preconditioner(), initial_d=torch.ones(2, 2, 4))
+
+
+def test_precondition_is_what_the_operator_uses():
+    gen = torch.Generator().manual_seed(0)
+    k = torch.nn.functional.normalize(torch.rand(1, 90, 2, 8, generator=gen, dtype=torch.float64), dim=-1)
+    beta, d0 = (torch.rand(s, generator=gen, dtype=torch.float64) for s in ((1, 90, 2), (1, 2, 8)))
+    used, final = osdn.precondition(k, beta, preconditioner=P, initial_d=d0)
+    _, state = osdn.online_scaled_delta_rule(
+        k, k, k, beta, preconditioner=P, initial_state=osdn.DeltaState(d=d0), output_final_state=True, qk_l2norm=False
+    )
+    assert torch.equal(used[:, 0], d0)
+    assert torch.equal(final, state.d)
+    assert (final - d0).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_and_defaults(dtype):
+    x = {n: torch.randn(2, 5, 2, 4).to(dtype) for n in ("q", "k", "v")}
+    beta = torch.rand(2, 5, 2).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    o, state = call(**x, beta=beta, output_final_state=True)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (o.dtype, state.S.dtype, state.d.dtype) == (dtype, work, work)
+    assert (state.S.shape, state.d.shape) == ((2, 2, 4, 4), (2, 2, 4))
+    none, no_state = call(**x, beta=beta)
+    assert torch.equal(none, o)
+    assert no_state is None
+    explicit, _ = call(**x, beta=beta, scale=0.5, initial_state=osdn.DeltaState())
+    assert torch.equal(explicit, o)
+
+
+def test_state_is_not_modified_in_place():
+    S, d = torch.randn(2, 2, 4, 3), torch.rand(2, 2, 4)
+    kept = S.clone(), d.clone()
+    for backend in ("reference", "chunked"):
+        call(initial_state=osdn.DeltaState(S, d), backend=backend)
+        assert torch.equal(S, kept[0])
+        assert torch.equal(d, kept[1])
+
+
+def test_state_selects_clones_detaches():
+    state = osdn.DeltaState(torch.randn(3, 1, 2, 2, requires_grad=True))
+    picked = state.index_select(torch.tensor([2, 0]))
+    assert torch.equal(picked.S, state.S[[2, 0]])
+    assert picked.d is None
+    assert not state.detach().S.requires_grad
+    assert state.clone().S.data_ptr() != state.S.data_ptr()
+
+
+def test_warns_once_where_d_would_never_move(monkeypatch):
+    monkeypatch.setattr(api, "_warned_tie", False)
+    with pytest.warns(UserWarning, match="d stays at 1, which is the plain delta rule"):
+        call(preconditioner=osdn.Preconditioner())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(preconditioner=osdn.Preconditioner())
+        monkeypatch.setattr(api, "_warned_tie", False)
+        call(preconditioner=P)
+        call(preconditioner=osdn.Preconditioner(eta=0.0))
+        call(preconditioner=osdn.Preconditioner(), forget=torch.full((2, 5, 2), -0.1))
+        call(preconditioner=osdn.Preconditioner(), initial_state=osdn.DeltaState(d=torch.rand(2, 2, 4)))
+
+
+def test_dispatch_and_explain(monkeypatch, caplog):
+    q = torch.randn(1, 3, 1, 4)
+    monkeypatch.setattr(dispatch, "_announced", set())
+    with caplog.at_level(logging.INFO, "osdn"):
+        call()
+        call()
+    assert [r.message for r in caplog.records] == [f"backend=auto takes {osdn.explain(q)}"]
+    assert osdn.explain(q).backend == "chunked"
+    assert "asked for" in osdn.explain(q, backend="reference").reason
+    monkeypatch.setenv("OSDN_BACKEND", "reference")
+    assert osdn.explain(q).backend == "reference"
+    assert osdn.explain(q, backend="chunked").backend == "chunked"
+    monkeypatch.setenv("OSDN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="OSDN_BACKEND: got 'fast', takes one of"):
+        osdn.explain(q)
