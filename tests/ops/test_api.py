@@ -100,7 +100,7 @@ def test_unknown_keyword_is_an_error():
 
 def test_precondition_refuses():
     k = torch.randn(1, 3, 2, 4)
-    with pytest.raises(ValueError, match="beta: got None, takes a tensor .* for beta_aware feedback"):
+    with pytest.raises(ValueError, match=r"beta: got None, takes a tensor .* for beta_aware feedback"):
         osdn.precondition(k, None, preconditioner=P)
     with pytest.raises(ValueError, match="preconditioner: got NoneType"):
         osdn.precondition(k, None, preconditioner=None)
@@ -176,6 +176,7 @@ def test_dispatch_and_explain(monkeypatch, caplog):
         call()
     assert [r.message for r in caplog.records] == [f"backend=auto takes {osdn.explain(q)}"]
     assert osdn.explain(q).backend == "chunked"
+    assert osdn.explain(q[:, :1]).backend == "reference"
     assert "asked for" in osdn.explain(q, backend="reference").reason
     monkeypatch.setenv("OSDN_BACKEND", "reference")
     assert osdn.explain(q).backend == "reference"

@@ -270,7 +270,6 @@ def test_compile_keeps_the_graph_whole_under_an_active_box(decay):
             preconditioner=p,
             initial_state=osdn.DeltaState(S, d),
             output_final_state=True,
-            backend="chunked",
         )
         return o, state.S, state.d
 

@@ -69,8 +69,8 @@ def online_scaled_delta_rule(
 
     Source: arXiv 2605.13473; the chunkwise form is derived in docs/math.md.
     """
-    choice = choose(q, backend)
     work, N = _check_call(q, k, v, beta, g, forget, preconditioner, cu_seqlens, chunk_size)
+    choice = choose(q, backend)
     H, K, HV, V = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     state = initial_state if initial_state is not None else DeltaState()
     if not isinstance(state, DeltaState):
@@ -133,12 +133,12 @@ def precondition(
     Raises:
         ValueError: naming the argument, what it got and what it takes, before any work is done.
     """
-    choice = choose(k, backend)
     if not isinstance(preconditioner, Preconditioner):
         _refuse("preconditioner", type(preconditioner).__name__, "an osdn.Preconditioner")
     if beta is None and preconditioner.feedback == "beta_aware":
         _refuse("beta", None, "a tensor [B, T, H] for beta_aware feedback")
     work, N = _check_call(None, k, None, beta, None, forget, preconditioner, cu_seqlens, 64)
+    choice = choose(k, backend)
     H, K = k.shape[2], k.shape[3]
     _warn_tie(preconditioner, initial_d, forget)
     d = _state("initial_d", initial_d, (N, H, K), work, k.device, 1.0)
@@ -147,18 +147,13 @@ def precondition(
         return choice.module.precondition(k.to(work), beta, forget, d, cu_seqlens, preconditioner)
 
 
-def explain(
-    q: Tensor,
-    k: Tensor | None = None,  # noqa: ARG001
-    v: Tensor | None = None,  # noqa: ARG001
-    beta: Tensor | None = None,  # noqa: ARG001
-    *,
-    backend: Backend = "auto",
-) -> Choice:
-    """Which backend a call with these arguments takes, and why; nothing is computed.
+def explain(q: Tensor, *, backend: Backend = "auto") -> Choice:
+    """Which backend a call with this q takes, and why; nothing is computed.
 
     `str()` of the result is one readable line. Raises ValueError as the call itself would for `backend`.
     """
+    if q.ndim != 4:
+        _refuse("q", tuple(q.shape), "shape [B, T, H, K]")
     return choose(q, backend)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from osdn.ops import chunked, reference
@@ -47,9 +48,12 @@ def choose(q: Tensor, backend: str) -> Choice:
         )
     if asked != "auto":
         return Choice(asked, f"asked for by {source}={asked!r}")
-    choice = Choice("chunked", f"chunkwise-parallel PyTorch, the fastest exact path on {q.device.type} in this version")
-    if choice.reason not in _announced:
+    if q.shape[1] == 1:
+        choice = Choice("reference", "a single token is one step of the recurrence")
+    else:
+        choice = Choice("chunked", f"chunkwise-parallel PyTorch, the fastest exact path on {q.device.type} so far")
+    if not torch.compiler.is_compiling() and choice.reason not in _announced:
         _announced.add(choice.reason)
-        # A GPU user expects kernels: say it loudly that none ran.
+        # Whoever has a GPU expects kernels: say loudly that none ran.
         log.log(logging.INFO if q.device.type == "cpu" else logging.WARNING, "backend=auto takes %s", choice)
     return choice
