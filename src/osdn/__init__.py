@@ -1,7 +1,32 @@
 """osdn: Online Scaled DeltaNet, the delta rule with a preconditioner learned online (arXiv 2605.13473)."""
 
+from typing import TYPE_CHECKING, Any
+
+from osdn.models import OSDNConfig
+from osdn.nn import OnlineScaledDeltaNet
 from osdn.ops.api import explain, online_scaled_delta_rule, precondition
 from osdn.ops.options import Preconditioner
 from osdn.ops.state import DeltaState
 
-__all__ = ["DeltaState", "Preconditioner", "explain", "online_scaled_delta_rule", "precondition"]
+if TYPE_CHECKING:
+    from osdn.models import OSDNForCausalLM, OSDNModel
+
+__all__ = [
+    "DeltaState",
+    "OSDNConfig",
+    "OSDNForCausalLM",
+    "OSDNModel",
+    "OnlineScaledDeltaNet",
+    "Preconditioner",
+    "explain",
+    "online_scaled_delta_rule",
+    "precondition",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("OSDNForCausalLM", "OSDNModel"):
+        from osdn import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

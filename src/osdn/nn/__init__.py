@@ -1,0 +1,6 @@
+"""The layer and its parts, usable in any model; nothing here imports transformers."""
+
+from osdn.nn.layer import OnlineScaledDeltaNet
+from osdn.nn.options import PreconditionerOptions
+
+__all__ = ["OnlineScaledDeltaNet", "PreconditionerOptions"]

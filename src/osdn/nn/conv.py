@@ -1,0 +1,46 @@
+"""Depthwise causal convolution over dense or packed sequences, with a state to continue from.
+
+Letters: B batch, T tokens, D channels, W width, N sequences (B, or those packed into B = 1 by cu_seqlens).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y_t = sum_{j < W} weight[:, 0, j] * x_{t - W + 1 + j} within each sequence; no bias, no activation.
+
+    Args:
+        x: `[B, T, D]`. weight: `[D, 1, W]`.
+        state: `[N, D, W]`, the last W inputs before x of each sequence; None is zeros.
+        cu_seqlens: `[N + 1]` offsets of the sequences packed into B = 1.
+
+    Returns:
+        y `[B, T, D]` and the state after x, `[N, D, W]`, zeros at the left of sequences shorter than W.
+    """
+    D, W = x.shape[2], weight.shape[-1]
+    if cu_seqlens is None:
+        x = x.mT
+        if state is None:
+            y = F.conv1d(x, weight, groups=D, padding=W - 1)[..., : x.shape[-1]]
+            tail = x[..., -W:]
+            return y.mT, F.pad(tail, (W - tail.shape[-1], 0))
+        x = torch.cat([state.to(x.dtype), x], -1)
+        return F.conv1d(x[..., 1:], weight, groups=D).mT, x[..., -W:]
+
+    # One buffer, sequence n in it behind its own W columns of state, so that no window sees another sequence.
+    M, N, device = x.shape[1], len(cu_seqlens) - 1, x.device
+    cu = cu_seqlens.to(device=device, dtype=torch.long)
+    n = torch.arange(N, device=device)
+    token = torch.arange(M, device=device) + W * (1 + n.repeat_interleave(cu.diff(), output_size=M))
+    border = cu[:, None] + W * torch.arange(N + 1, device=device)[:, None] + torch.arange(W, device=device)
+    buffer = x.new_zeros(M + W * N, D).index_copy(0, token, x[0])
+    if state is not None:
+        buffer = buffer.index_copy(0, border[:-1].flatten(), state.to(x.dtype).mT.flatten(0, 1))
+    y = F.conv1d(buffer.T[None], weight, groups=D)[0].T
+    return y[token - (W - 1)][None], buffer[border[1:] - W].mT

@@ -1,0 +1,305 @@
+"""Online Scaled DeltaNet: the layer around the operator.
+
+Letters: B batch, T tokens, D hidden size, H key heads, HV value heads (a multiple of H), K key dim, V value dim,
+W conv width, N sequences (B, or those packed into B = 1). "Work dtype": float32, or float64 for float64 inputs.
+Parameter names are flash-linear-attention's, besides `d0` and `forget_proj`, which it does not have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osdn.nn.conv import causal_conv1d
+from osdn.nn.norm import RMSNorm, work_dtype
+from osdn.nn.options import PreconditionerOptions
+from osdn.nn.packing import find_packing
+from osdn.ops.api import _check_packing, online_scaled_delta_rule
+from osdn.ops.options import Backend
+from osdn.ops.state import DeltaState
+
+StateDecay = Literal["none", "scalar", "channel"]
+OutputGate = Literal["none", "silu", "sigmoid_lowrank"]
+
+
+class OnlineScaledDeltaNet(nn.Module):
+    """Token mixing by the online scaled delta rule, x [B, T, D] -> [B, T, D].
+
+        q, k, v = silu(conv(q_proj(x))), silu(conv(k_proj(x))), silu(conv(v_proj(x)))     causal, depthwise, width W
+        beta    = sigmoid(b_proj(x))                                    [* 2 with allow_neg_eigval]
+        g       = -exp(A_log) softplus(a_proj(x) + dt_bias)             log state decay; channel: f_proj for a_proj
+        forget  = logsigmoid(forget_proj(x))                            log lambda
+        o       = online_scaled_delta_rule(q, k, v, beta, g, forget) from d = d0
+        y       = o_proj(RMSNorm(o) [* silu(g_proj(x)) | * sigmoid(g_proj(x))])
+
+    beta, g, forget, d, S and the norm are computed in the work dtype, also in bf16 models and under autocast.
+
+    Args:
+        hidden_size: D.
+        num_heads: H. head_dim: K; None is hidden_size / num_heads.
+        expand_v: V / K. num_v_heads: HV; None is num_heads.
+        conv_size: W >= 1. norm_eps: eps of the output norm.
+        allow_neg_eigval: beta in (0, 2) in place of (0, 1).
+        state_decay: "none" (DeltaNet), "scalar" per head (Gated DeltaNet) or "channel" per key channel (KDA).
+        output_gate: "none", "silu" (Gated DeltaNet) or "sigmoid_lowrank" (KDA).
+        preconditioner: `PreconditionerOptions`, or a dict of its fields (missing ones take their defaults), or None
+            for d == 1, the plain delta rule.
+        layer_idx: place of the layer in a cache; needed with `past_key_values` alone.
+        backend: as in `osdn.online_scaled_delta_rule`.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it takes.
+
+    Source: arXiv 2605.13473; gates as in Gated DeltaNet and Kimi Delta Attention.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        expand_v: float = 1.0,
+        num_v_heads: int | None = None,
+        conv_size: int = 4,
+        norm_eps: float = 1e-6,
+        allow_neg_eigval: bool = False,
+        state_decay: StateDecay = "none",
+        output_gate: OutputGate = "none",
+        preconditioner: PreconditionerOptions | Mapping[str, Any] | None = None,
+        layer_idx: int | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        H, HV, K, V = head_shape(hidden_size, num_heads, head_dim, expand_v, num_v_heads)
+        if conv_size < 1:
+            _refuse("conv_size", conv_size, "an integer >= 1")
+        if state_decay not in get_args(StateDecay):
+            _refuse("state_decay", repr(state_decay), f"one of {get_args(StateDecay)}")
+        if output_gate not in get_args(OutputGate):
+            _refuse("output_gate", repr(output_gate), f"one of {get_args(OutputGate)}")
+        self.H, self.HV, self.K, self.V = H, HV, K, V
+        self.allow_neg_eigval, self.layer_idx, self.backend = allow_neg_eigval, layer_idx, backend
+        self.state_decay, self.output_gate = state_decay, output_gate
+        self.preconditioner = None if preconditioner is None else PreconditionerOptions.parse(preconditioner)
+
+        self.q_proj = nn.Linear(hidden_size, H * K, bias=False)
+        self.k_proj = nn.Linear(hidden_size, H * K, bias=False)
+        self.v_proj = nn.Linear(hidden_size, HV * V, bias=False)
+        self.b_proj = nn.Linear(hidden_size, HV, bias=False)
+        # These hold weights; the three convolutions run as one.
+        self.q_conv1d = nn.Conv1d(H * K, H * K, conv_size, groups=H * K, bias=False)
+        self.k_conv1d = nn.Conv1d(H * K, H * K, conv_size, groups=H * K, bias=False)
+        self.v_conv1d = nn.Conv1d(HV * V, HV * V, conv_size, groups=HV * V, bias=False)
+        if state_decay == "scalar":
+            self.a_proj = nn.Linear(hidden_size, HV, bias=False)
+        elif state_decay == "channel":
+            self.f_proj = _low_rank(hidden_size, V, HV * K, bias=False)
+        if state_decay != "none":
+            self.A_log = nn.Parameter(torch.empty(HV))
+            self.dt_bias = nn.Parameter(torch.empty(HV if state_decay == "scalar" else HV * K))
+        p = self.preconditioner
+        if p is not None and p.learn_d_init:
+            self.d0 = nn.Parameter(torch.empty(HV, K))
+        if p is not None and p.forget == "data_dependent":
+            self.forget_proj = ForgetProjection(hidden_size, HV)
+        if output_gate == "silu":
+            self.g_proj: nn.Module = nn.Linear(hidden_size, HV * V, bias=False)
+        elif output_gate == "sigmoid_lowrank":
+            self.g_proj = _low_rank(hidden_size, V, HV * V, bias=True)
+        self.o_norm = RMSNorm(V, norm_eps)
+        self.o_proj = nn.Linear(HV * V, hidden_size, bias=False)
+        self.init_special_parameters()
+
+    @torch.no_grad()
+    def init_special_parameters(self) -> None:
+        """Initial values of d0, forget_proj, A_log and dt_bias; a library's own initialisation must not have the
+        last word on them. Parameters that transformers has marked as loaded from a checkpoint are left alone.
+        """
+        if self.state_decay != "none":
+            A = torch.empty_like(self.A_log, dtype=torch.float32)
+            A.uniform_(1, 16) if self.state_decay == "channel" else A.uniform_(0, 16).clamp_(min=1e-4)
+            dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            dt = dt.clamp(min=1e-4)
+            _assign(self.A_log, A.log())
+            _assign(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        p = self.preconditioner
+        if p is not None and p.learn_d_init:
+            _assign(self.d0, torch.full_like(self.d0, p.d_init))
+        if p is not None and p.forget == "data_dependent":
+            _assign(self.forget_proj.weight, torch.zeros_like(self.forget_proj.weight))
+            _assign(self.forget_proj.bias, torch.full_like(self.forget_proj.bias, p.forget_bias))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Mix tokens, `[B, T, D]` to `[B, T, D]`.
+
+        Args:
+            attention_mask: `[B, >= T]`, 0 at padding, anywhere; padded tokens change nothing and give zeros. The
+                last T columns count.
+            past_key_values: a `transformers.Cache` of linear-attention layers, e.g. `DynamicCache(config=...)`,
+                continued from and written in place: the conv state `[N, 2HK + HV V, W]` (q, k, v) and S
+                `[N, HV, K, V]` at state 0, d `[N, HV, K]` at state 1; S and d in the work dtype.
+            cu_seqlens: `[N + 1]` offsets of N sequences packed into B = 1; not with `attention_mask`.
+
+        Raises:
+            ValueError: naming the argument, what it got and what it takes.
+        """
+        B, T, _ = hidden_states.shape
+        if attention_mask is None:
+            _check_packing(cu_seqlens, B, T)
+            return self._mix(hidden_states, past_key_values, cu_seqlens)
+        if cu_seqlens is not None:
+            _refuse("attention_mask", "a mask beside cu_seqlens", "None with packed sequences")
+        packing = find_packing(B, T, attention_mask)
+        if packing is None:
+            return self._mix(hidden_states, past_key_values, None)
+        if packing.is_empty:
+            return torch.zeros_like(hidden_states)
+        return packing.unpack(self._mix(packing.pack(hidden_states), past_key_values, packing.cu_seqlens))
+
+    def _mix(self, x: Tensor, cache: Any | None, cu_seqlens: Tensor | None) -> Tensor:
+        work = work_dtype(x)
+        conv_state, state = self._read(cache, x, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        qkv, conv_state = causal_conv1d(qkv, weight, conv_state, cu_seqlens)
+        q, k, v = F.silu(qkv).split([self.H * self.K, self.H * self.K, self.HV * self.V], -1)
+        beta = torch.sigmoid(self.b_proj(x).to(work))
+        o, final = online_scaled_delta_rule(
+            q.unflatten(-1, (self.H, self.K)),
+            k.unflatten(-1, (self.H, self.K)),
+            v.unflatten(-1, (self.HV, self.V)),
+            2 * beta if self.allow_neg_eigval else beta,
+            g=self._log_decay(x),
+            forget=self.forget_proj(x) if hasattr(self, "forget_proj") else None,
+            preconditioner=None if self.preconditioner is None else self.preconditioner.rule(),
+            initial_state=state,
+            output_final_state=cache is not None,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+        if final is not None:
+            self._write(cache, conv_state, final)
+        gate = None
+        if self.output_gate != "none":
+            gate = self.g_proj(x).to(work)
+            gate = (F.silu(gate) if self.output_gate == "silu" else torch.sigmoid(gate)).view_as(o)
+        return self.o_proj(self.o_norm(o, gate).flatten(2))
+
+    def _log_decay(self, x: Tensor) -> Tensor | None:
+        """[B, T, HV] or [B, T, HV, K], work dtype."""
+        if self.state_decay == "none":
+            return None
+        work = work_dtype(x)
+        scalar = self.state_decay == "scalar"
+        dt = F.softplus((self.a_proj(x) if scalar else self.f_proj(x)).to(work) + self.dt_bias.to(work))
+        A = self.A_log.to(work).exp()
+        return -A * dt if scalar else -A[:, None] * dt.unflatten(-1, (self.HV, self.K))
+
+    def _read(self, cache: Any | None, x: Tensor, N: int) -> tuple[Tensor | None, DeltaState]:
+        """Conv state and operator state of N sequences: the cache's, or the initial ones."""
+        if cache is not None:
+            layer = self._cache_layer(cache, N)
+            # Not `cache.get_recurrent_state(..., 1)`: transformers tracks what is filled by conv states alone.
+            if layer.has_previous_state[0]:
+                states = [layer.conv_states[0], layer.recurrent_states[0], layer.recurrent_states[1]]
+                if torch.is_grad_enabled():  # the cache is written in place, also over what autograd has saved
+                    states = [None if s is None else s.clone() for s in states]
+                return states[0], DeltaState(states[1], states[2])
+        p = self.preconditioner
+        if p is None or (not p.learn_d_init and p.d_init == 1):
+            return None, DeltaState()  # the operator's own d = 1
+        work = work_dtype(x)
+        if p.learn_d_init:
+            d = self.d0.to(work)
+        else:
+            d = torch.full((self.HV, self.K), p.d_init, dtype=work, device=x.device)
+        return None, DeltaState(d=d.expand(N, -1, -1))
+
+    def _write(self, cache: Any, conv_state: Tensor, state: DeltaState) -> None:
+        # conv_state holds all W columns, so that it replaces what the cache holds, whether that appends or not.
+        cache.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=conv_state.shape[-1])
+        cache.update_recurrent_state(state.S, self.layer_idx)
+        if state.d is not None:
+            cache.update_recurrent_state(state.d, self.layer_idx, state_idx=1)
+            cache.layers[self.layer_idx].has_previous_state[1] = True
+
+    def _cache_layer(self, cache: Any, N: int) -> Any:
+        i = self.layer_idx
+        if i is None:
+            _refuse("layer_idx", None, "the layer's place in past_key_values")
+        layers = getattr(cache, "layers", [])
+        layer = layers[i] if i < len(layers) else None
+        states = 1 if self.preconditioner is None else 2
+        if layer is None or getattr(layer, "number_of_states", 0) < states:
+            got = f"{type(cache).__name__} whose layer {i} is {'missing' if layer is None else layer}"
+            takes = f"a linear-attention layer of {states} states there, as in transformers.DynamicCache(config=...)"
+            _refuse("past_key_values", got, takes)
+        if layer.record_past:
+            _refuse(
+                "past_key_values",
+                "a cache that records the past (assisted decoding)",
+                "one that does not: S and d cannot be rolled back",
+            )
+        if layer.conv_states[0] is not None and len(layer.conv_states[0]) != N:
+            _refuse("past_key_values", f"a cache of {len(layer.conv_states[0])} sequences", f"one of {N}")
+        return layer
+
+    def extra_repr(self) -> str:
+        return f"{self.preconditioner}, state_decay={self.state_decay!r}, output_gate={self.output_gate!r}"
+
+
+class ForgetProjection(nn.Linear):
+    """log lambda = logsigmoid(x W^T + b), [B, T, D] to [B, T, HV], all in the work dtype: 1 - lambda is near 1e-3,
+    where bf16 has steps of 3% through the bias alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        work = work_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.logsigmoid(F.linear(x.to(work), self.weight.to(work), self.bias.to(work)))
+
+
+def head_shape(
+    hidden_size: int, num_heads: int, head_dim: int | None, expand_v: float, num_v_heads: int | None
+) -> tuple[int, int, int, int]:
+    """(H, HV, K, V), or ValueError where they do not come out whole."""
+    if num_heads < 1:
+        _refuse("num_heads", num_heads, "an integer >= 1")
+    if head_dim is None and hidden_size % num_heads:
+        _refuse(
+            "head_dim", None, f"an integer, since hidden_size {hidden_size} is no multiple of num_heads {num_heads}"
+        )
+    K = hidden_size // num_heads if head_dim is None else head_dim
+    HV = num_heads if num_v_heads is None else num_v_heads
+    if K < 1:
+        _refuse("head_dim", head_dim, "an integer >= 1")
+    if HV < 1 or HV % num_heads:
+        _refuse("num_v_heads", num_v_heads, f"a multiple of num_heads, {num_heads}")
+    if K * expand_v < 1 or K * expand_v != int(K * expand_v):
+        _refuse("expand_v", expand_v, f"a factor that makes head_dim {K} a whole number >= 1")
+    return num_heads, HV, K, int(K * expand_v)
+
+
+def _low_rank(size: int, rank: int, out: int, *, bias: bool) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(size, rank, bias=False), nn.Linear(rank, out, bias=bias))
+
+
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    if not getattr(parameter, "_is_hf_initialized", False):
+        parameter.copy_(value)
+
+
+def _refuse(name: str, got: object, takes: str) -> NoReturn:
+    raise ValueError(f"{name}: got {got}, takes {takes}")
