@@ -184,3 +184,10 @@ def test_dispatch_and_explain(monkeypatch, caplog):
     monkeypatch.setenv("OSDN_BACKEND", "fast")
     with pytest.raises(ValueError, match="OSDN_BACKEND: got 'fast', takes one of"):
         osdn.explain(q)
+
+
+def test_runs_on_the_meta_device():
+    """Shapes without values, for models that are planned before they are built."""
+    x = {n: torch.randn(2, 70, 2, 4, device="meta") for n in ("q", "k", "v")}
+    o, state = call(**x, beta=torch.rand(2, 70, 2, device="meta"), output_final_state=True)
+    assert (o.shape, state.S.shape, state.d.shape) == ((2, 70, 2, 4), (2, 2, 4, 4), (2, 2, 4))

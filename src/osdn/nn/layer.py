@@ -19,8 +19,8 @@ from osdn.nn.conv import causal_conv1d
 from osdn.nn.norm import RMSNorm, work_dtype
 from osdn.nn.options import PreconditionerOptions
 from osdn.nn.packing import find_packing
-from osdn.ops.api import _check_packing, online_scaled_delta_rule
-from osdn.ops.options import Backend
+from osdn.ops.api import check_packing, online_scaled_delta_rule
+from osdn.ops.options import Backend, no_autocast
 from osdn.ops.state import DeltaState
 
 StateDecay = Literal["none", "scalar", "channel"]
@@ -157,7 +157,7 @@ class OnlineScaledDeltaNet(nn.Module):
         """
         B, T, _ = hidden_states.shape
         if attention_mask is None:
-            _check_packing(cu_seqlens, B, T)
+            check_packing(cu_seqlens, B, T)
             return self._mix(hidden_states, past_key_values, cu_seqlens)
         if cu_seqlens is not None:
             _refuse("attention_mask", "a mask beside cu_seqlens", "None with packed sequences")
@@ -267,7 +267,7 @@ class ForgetProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         work = work_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             return F.logsigmoid(F.linear(x.to(work), self.weight.to(work), self.bias.to(work)))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osdn.ops.dispatch import Choice, choose
-from osdn.ops.options import Backend, Preconditioner
+from osdn.ops.options import Backend, Preconditioner, no_autocast
 from osdn.ops.state import DeltaState
 
 _warned_tie = False
@@ -83,8 +83,7 @@ def online_scaled_delta_rule(
         _warn_tie(preconditioner, state.d, forget)
         d = _state("initial_state.d", state.d, (N, HV, K), work, q.device, 1.0)
 
-    # Under autocast the products inside would run in bf16; S, d and beta are to be kept in the work dtype.
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         qw, kw = q.to(work), k.to(work)
         if qk_l2norm:
             qw, kw = _l2norm(qw), _l2norm(kw)
@@ -142,7 +141,7 @@ def precondition(
     H, K = k.shape[2], k.shape[3]
     _warn_tie(preconditioner, initial_d, forget)
     d = _state("initial_d", initial_d, (N, H, K), work, k.device, 1.0)
-    with torch.autocast(k.device.type, enabled=False):
+    with no_autocast(k.device):
         beta, forget = (None if x is None else x.to(work) for x in (beta, forget))
         return choice.module.precondition(k.to(work), beta, forget, d, cu_seqlens, preconditioner)
 
@@ -208,10 +207,11 @@ def _check_call(
         _refuse("forget", "a tensor", "None where preconditioner is None (there is no d to forget)")
     if chunk_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         _refuse("chunk_size", chunk_size, "a power of two from 1 to 256")
-    return torch.float64 if k.dtype == torch.float64 else torch.float32, _check_packing(cu_seqlens, B, T)
+    return torch.float64 if k.dtype == torch.float64 else torch.float32, check_packing(cu_seqlens, B, T)
 
 
-def _check_packing(cu_seqlens: Tensor | None, B: int, T: int) -> int:
+def check_packing(cu_seqlens: Tensor | None, B: int, T: int) -> int:
+    """The number of sequences; refuses offsets that do not fit a batch of B rows of T tokens."""
     if cu_seqlens is None:
         return B
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):

@@ -55,5 +55,5 @@ def choose(q: Tensor, backend: str) -> Choice:
     if not torch.compiler.is_compiling() and choice.reason not in _announced:
         _announced.add(choice.reason)
         # Whoever has a GPU expects kernels: say loudly that none ran.
-        log.log(logging.INFO if q.device.type == "cpu" else logging.WARNING, "backend=auto takes %s", choice)
+        log.log(logging.INFO if q.device.type in ("cpu", "meta") else logging.WARNING, "backend=auto takes %s", choice)
     return choice

@@ -1,13 +1,23 @@
-"""What a call can choose: the preconditioner's rule and the backend."""
+"""What a call can choose: the preconditioner's rule and the backend; and what it does not leave to autocast."""
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
 
 Feedback = Literal["beta_free", "beta_aware"]
 Backend = Literal["auto", "reference", "chunked", "triton"]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Under autocast products would run in bf16; d, beta, gates and S are to be kept in the work dtype."""
+    if not torch.amp.is_autocast_available(device.type):  # meta, for one
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from osdn.ops.options import no_autocast
+
 
 def segment_sums(f: Tensor) -> Tensor:
     """[M, C] -> [M, C, C]: sum_{j < i <= t} f_i at (t, j) for j <= t, -inf above the diagonal. No cancellation."""
@@ -142,7 +144,7 @@ def precondition_scan_backward(
     With m_t the clip's mask, a_t the incoming gradient of d_t: u_t = m_t adj_{t+1}, p_t = <u_t, s_t>,
     adj_t = a_t + lambda_t u_t - eta c2_t p_t s_t; where no clip fired, (I + L^T) p = <s, R^T a>.
     """
-    with torch.autocast(s.device.type, enabled=False):
+    with no_autocast(s.device):
         L, R, _ = _solve_parts(s, c2, forget, eta)
         lam = None if forget is None else forget.exp()
         u, p = torch.empty_like(s), torch.empty_like(c1)
@@ -270,7 +272,7 @@ def delta_scan_backward(
     waves: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, kb, w, vb, A, P, kept (empty without) and S_0; S holds the state before each chunk."""
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         dq, dkb, dw, dvb, dA, dP = (torch.empty_like(x) for x in (q, kb, w, U, A, P))
         dkept = q.new_empty(0) if kept is None else torch.empty_like(kept)
         below = A.new_ones(A.shape[1:]).tril(-1)
