@@ -81,7 +81,7 @@ MUTANTS = {
     "adjoint without lambda": (scans, "lam[w, :1] * u_[:, 0]", "u_[:, 0]"),
     "scan adjoint without lambda": (scans, "lam[w, t, None] * u_", "u_"),
     "wave order not undone": (chunked, "state[self.order.argsort()]", "state[self.order]"),
-    "write key in the triangle's rows": (chunked, "k * beta[..., None], v", "w * beta[..., None], v"),
+    "write key in the triangle's rows": (chunked, "k * beta[..., None], v *", "w * beta[..., None], v *"),
     "state decay of the next token": (chunked, "_sum_after(g).exp()", "g.flip(1).cumsum(1).flip(1).exp()"),
     "beta-free denominators unsquared": (chunked, "(b / n, b * b / n)", "(b / n, b * b)"),
     "output misses its own write": (chunked, "(q @ w.mT) * _lower(q)", "(q @ w.mT) * _lower(q).tril(-1)"),

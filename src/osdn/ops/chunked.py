@@ -109,26 +109,27 @@ def online_scaled_delta_rule(
     w = k
     if p is not None:
         assert d is not None
-        used, d = _precondition(k, beta, forget, layout.state_rows(d), layout.waves, p)
-        w, d = used * k, layout.states(d)
-    q, kb, vb = q * scale, k * beta[..., None], v * beta[..., None]
+        w, d = _precondition(k, beta, forget, layout.state_rows(d), layout.waves, p)
+        w, d = w * k, layout.states(d)
+    # Rebound, so that without autograd each tensor is freed as soon as the next exists.
+    q, k, v = q * scale, k * beta[..., None], v * beta[..., None]
 
-    # Within a chunk: A_tj = <kb_t, w_j> and P_tj = <q_t, w_j>, each with the decay between j and t. The solver reads
-    # A below the diagonal only.
+    # Within a chunk: A_tj = beta_t <k_t, w_j> and P_tj = <q_t, w_j>, each with the decay between j and t. The solver
+    # reads A below the diagonal only.
     kept = None
     if g is None:
-        A, P = kb @ w.mT, (q @ w.mT) * _lower(q)
+        A, P = k @ w.mT, (q @ w.mT) * _lower(q)
     else:
         if g.ndim == 2:
             between = segment_sums(g).exp()
-            A, P = (kb @ w.mT) * between, (q @ w.mT) * between
+            A, P = (k @ w.mT) * between, (q @ w.mT) * between
             g = g[..., None]
         else:
-            A, P = _decayed_products(kb, q, w, g)
+            A, P = _decayed_products(k, q, w, g)
         since_start, until_end = g.cumsum(1).exp(), _sum_after(g).exp()
-        kb, q, w, kept = kb * since_start, q * since_start, w * until_end, since_start[:, -1]
-    saves = torch.is_grad_enabled() and any(x.requires_grad for x in (q, kb, vb, w, A, S))
-    o, S, _, _ = delta_scan(q, kb, w, vb, A, P, kept, layout.state_rows(S), layout.waves, saves)
+        k, q, w, kept = k * since_start, q * since_start, w * until_end, since_start[:, -1]
+    saves = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, w, A, S))
+    o, S, _, _ = delta_scan(q, k, w, v, A, P, kept, layout.state_rows(S), layout.waves, saves)
     return layout.tokens(o), layout.states(S), d
 
 
@@ -154,8 +155,8 @@ def _sum_after(x: Tensor) -> Tensor:
     return torch.cat([x[:, 1:].flip(1).cumsum(1).flip(1), torch.zeros_like(x[:, :1])], 1)
 
 
-def _decayed_products(kb: Tensor, q: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """A, P [M, C, C]: sum_c x_tc w_jc exp(sum_{j < i <= t} g_ic) for x = kb (j < t) and x = q (j <= t).
+def _decayed_products(k: Tensor, q: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """A, P [M, C, C]: sum_c x_tc w_jc exp(sum_{j < i <= t} g_ic) for x = k (j < t) and x = q (j <= t).
 
     Built from blocks of 1, 2, 4, ... tokens: between the halves of a block the decay splits at the middle into two
     factors that are both at most 1, so nothing overflows and no quotient of decays is formed.
@@ -165,7 +166,7 @@ def _decayed_products(kb: Tensor, q: Tensor, w: Tensor, g: Tensor) -> tuple[Tens
     A = torch.zeros_like(P)
     h = 1
     while h < C:
-        g_, w_, kb_, q_ = (x.reshape(-1, 2, h, K) for x in (g, w, kb, q))
+        g_, w_, k_, q_ = (x.reshape(-1, 2, h, K) for x in (g, w, k, q))
         row, col = g_[:, 1].cumsum(1).exp(), _sum_after(g_[:, 0]).exp()
         wt = (w_[:, 0] * col).mT
 
@@ -177,6 +178,6 @@ def _decayed_products(kb: Tensor, q: Tensor, w: Tensor, g: Tensor) -> tuple[Tens
                 -2,
             )
 
-        A, P = grown(A, kb_, row, wt, h), grown(P, q_, row, wt, h)
+        A, P = grown(A, k_, row, wt, h), grown(P, q_, row, wt, h)
         h *= 2
     return A[:, 0], P[:, 0]

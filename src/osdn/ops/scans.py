@@ -31,7 +31,7 @@ def _solve_parts(
     s: Tensor, c2: Tensor, forget: Tensor | None, eta: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """L with (I + L) e = c1 - c2 G s d; R_tj = prod_{j < i <= t} lambda_i; G_t+1 = prod_{i <= t} lambda_i."""
-    L = (s * (eta * c2)[..., None]) @ s.mT
+    L = (s @ s.mT).mul_((eta * c2)[..., None])
     if forget is None:
         return L, None, None
     R = segment_sums(forget).exp()
