@@ -121,9 +121,7 @@ def run(case: Case, x: dict[str, Tensor | None], backend: str, grads: bool = Tru
     out = dict(zip(OUTPUTS, (o, state.S, state.d)))
     if grads:
         gen = torch.Generator().manual_seed(1)
-        loss = sum(
-            (y * torch.randn(y.shape, generator=gen, dtype=torch.float64).to(y.dtype)).sum() for y in out.values()
-        )
+        loss = sum((y * torch.randn(y.shape, generator=gen, dtype=torch.float64).to(y)).sum() for y in out.values())
         out |= dict(zip([f"grad {n}" for n in leaves], torch.autograd.grad(loss, list(leaves.values()))))
     return {n: y.detach() for n, y in out.items()}
 

@@ -60,6 +60,15 @@ def test_matches_the_definition(case):
     assert error < 1e-12, name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", AWKWARD, ids=str)
+def test_matches_the_definition_on_cuda(case):
+    x = case.tensors()
+    got = run(case, {n: t if t is None else t.cuda() for n, t in x.items()}, "chunked")
+    error, name = worst(errors(case, {n: y.cpu() for n, y in got.items()}, run(case, x, "reference")))
+    assert error < 1e-12, name
+
+
 @pytest.mark.parametrize("box", [FREE, BOX])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
