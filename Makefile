@@ -1,0 +1,35 @@
+# Two commands, on any machine with make and Python 3.11 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: env demo test bench clean
+
+env: $(STAMP)
+
+# The stamp is touched last: an interrupted install starts over.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	sys.exit(None if sys.version_info >= (3, 11) else "osdn needs Python 3.11 or newer, and $(PYTHON) is " + v + "; try: make env PYTHON=python3.12")'
+	@echo "installing into .venv: a few minutes"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: env
+	$(BIN)/osdn compare
+
+# One thread a worker: the tests' tensors are small, and threads of several workers would fight over the cores.
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+	tools/check_wheel.sh $(BIN)/python
+
+bench: env
+	$(BIN)/python -m osdn.bench --suite cpu
+
+clean:
+	rm -rf .venv build dist src/osdn.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,67 @@
+"""The `osdn` command. Every subcommand is a typed config; what it runs is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import tyro
+
+from osdn.compare.config import Experiment, RunError
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train models that differ in the mixer alone, from the same seeds on the same data: does preconditioning pay?
+
+    A run that was stopped goes on with the same command; a finished one prints its table again."""
+
+    experiment: tyro.conf.OmitArgPrefixes[Experiment] = field(default_factory=Experiment)
+    full: bool = False
+    """Train 1,200 steps of 64 sequences."""
+    out: Path | None = None
+    """Run directory; by default runs/<task>-<hash of the config>."""
+    workers: int = 2
+    """Processes of one thread each; 0 or 1 trains in this one."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+    def run(self) -> None:
+        from osdn.compare import compare
+
+        experiment = self.experiment.full() if self.full else self.experiment
+        compare(experiment, out=self.out, workers=self.workers, checkpoint_every=self.checkpoint_every)
+
+
+SUBCOMMANDS: dict[str, Callable[..., Compare]] = {"compare": Compare}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a request that cannot be met (one line on stderr), 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"osdn {version('osdn')}")
+        return 0
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            SUBCOMMANDS,
+            prog="osdn",
+            description="Online Scaled DeltaNet: linear attention with a preconditioner learned online.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        command.run()
+    except KeyboardInterrupt:
+        print("osdn: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
+        return 130
+    except (ValueError, RunError) as error:
+        print(f"osdn: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

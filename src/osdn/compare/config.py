@@ -1,0 +1,129 @@
+"""What an experiment is. Imports neither torch nor transformers, so that `osdn compare --help` stays quick."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+_DEFAULT_STEPS = {"mqar": 450, "text": 450}  # measured: the demo takes six minutes at most on two cores
+_FORMAT = 1  # to be raised when the training procedure changes: older run directories are then refused
+_PATHS = ("data", "eval_data")  # where the bytes lie does not matter; their digest does
+
+
+class RunError(Exception):
+    """Something the user can act on; one line, no traceback."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Models that differ in the mixer alone, trained from the same seeds on the same data.
+
+    Raises ValueError for a field out of range.
+    """
+
+    task: Literal["mqar", "text"] = "mqar"
+    """mqar: synthetic recall; text: next byte of local files."""
+    models: tuple[str, ...] = ("deltanet", "osdn", "osdn-apf")
+    """Preset names without their size. The controls are: static beta2 forget-only gdn."""
+    seeds: int = 2
+    """Runs per model. Seed i fixes initial values and data, the same for every model."""
+    steps: int = 0
+    """Training steps; 0: what takes some four minutes on two cores."""
+    batch_size: int = 0
+    """Sequences a step; 0: 32 (mqar), 16 (text)."""
+    seq_len: int = 0
+    """Tokens a sequence; 0: 128 (mqar; with more passes, longer by the added listings), 256 (text)."""
+
+    num_pairs: int = 24
+    """mqar: key-value pairs in a training sequence."""
+    eval_pairs: tuple[int, ...] = (4, 8, 16, 24, 32)
+    """mqar: numbers of pairs to evaluate at; those that do not fit seq_len are left out."""
+    passes: int = 1
+    """mqar: how often the pairs are listed before the queries."""
+    vocab_size: int = 128
+    """mqar: number of tokens. Text has 256."""
+    data: tuple[Path, ...] = ()
+    """text: files and directories to train on; by default Python's standard library."""
+    eval_data: tuple[Path, ...] = ()
+    """text: files and directories to evaluate on; by default a tenth of data."""
+
+    hidden_size: int = 64
+    """Width of the residual stream."""
+    num_layers: int = 2
+    """Blocks, each a mixer and an MLP."""
+    num_heads: int = 1
+    """Heads of the mixer."""
+    head_dim: int = 32
+    """Key and value size of a head."""
+    mlp_size: int = 128
+    """Width of the MLP."""
+    d_max: float | None = 2.0
+    """Upper end of the box for every preconditioned model; None keeps the preset's own."""
+
+    lr: float = 3e-3
+    """Learning rate of AdamW: linear warm-up, constant, linear to a tenth over the last fifth."""
+    warmup_steps: int = 20
+    """Steps of the warm-up."""
+    weight_decay: float = 0.1
+    """On matrices alone."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: a tenth of steps."""
+    eval_sequences: int = 256
+    """Held-out sequences an evaluation takes."""
+
+    def __post_init__(self) -> None:
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"models: got {' '.join(self.models) or 'none'}, takes one or more different names")
+        for name in ("seeds", "eval_sequences", "hidden_size", "num_layers", "num_heads", "head_dim", "mlp_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: got {value}, takes an int >= 1")
+        for name in ("steps", "batch_size", "seq_len", "eval_every", "warmup_steps", "weight_decay"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"{name}: got {value}, takes a number >= 0")
+        for name in ("lr", "clip"):
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"{name}: got {value}, takes a float > 0")
+
+    def full(self) -> Experiment:
+        """The same experiment at the full length, 1,200 steps of 64 sequences; steps and batch_size must be 0."""
+        for name in ("steps", "batch_size"):
+            if value := getattr(self, name):
+                raise ValueError(f"{name}: got {value} beside full, takes one of the two")
+        return replace(self, steps=1200, batch_size=64)
+
+    def resolved(self) -> Experiment:
+        """The same experiment with the task's defaults in place of zeros."""
+        text = self.task == "text"
+        steps = self.steps or _DEFAULT_STEPS[self.task]
+        # More listings lengthen the sequence, so that the region of the queries stays as long as with one pass.
+        seq_len = self.seq_len or (256 if text else 128 + 2 * self.num_pairs * (self.passes - 1))
+        return replace(
+            self,
+            steps=steps,
+            batch_size=self.batch_size or (16 if text else 32),
+            seq_len=seq_len,
+            vocab_size=256 if text else self.vocab_size,
+            eval_pairs=tuple(sorted({p for p in self.eval_pairs if 2 * p * (self.passes + 1) <= seq_len})),
+            eval_every=self.eval_every or max(1, steps // 10),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        plain = json.loads(json.dumps(asdict(self), default=str))
+        assert isinstance(plain, dict)
+        return plain
+
+    def identity(self, data_digest: str | None) -> dict[str, Any]:
+        """All that decides the results: the resolved fields, with the data's digest in place of its paths."""
+        fields = {name: value for name, value in self.as_dict().items() if name not in _PATHS}
+        return {"format": _FORMAT, **fields, "data_sha256": data_digest}
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Short hash of an identity: it names the run directory and stamps every file in it."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

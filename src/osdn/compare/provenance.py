@@ -1,0 +1,51 @@
+"""Where a number comes from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import osdn
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Commit, versions, device and threads of this process, as plain JSON."""
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("osdn", "torch", "transformers")},
+        "device": f"cpu ({_processor()})",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """Of the repository that tracks this package; None for an installed one, or without git."""
+    package = Path(osdn.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,89 @@
+"""Files of a run directory: written whole or not at all, set aside when they cannot be read, never deleted."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osdn.compare.config import RunError
+
+Warn = Callable[[str], None]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write beside, fsync, rename: at any moment `path` holds the old content or the new. Raises RunError."""
+    beside = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error.strerror}); what stood there before is intact") from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, required: set[str], warn: Warn) -> dict[str, Any] | None:
+    """The object in `path`; None where there is none, or where it had to be set aside."""
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict) or required - value.keys():
+            raise ValueError("fields are missing")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # what a truncated or overwritten file gives
+        _set_aside(path, error, warn)
+        return None
+    return value
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Keeps the one before as `<path>.previous`, the last good state should this one be damaged later."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    beside = path.with_name(f"{path.name}.new")
+    write_atomic(beside, buffer.getvalue())
+    if path.exists():
+        path.replace(previous(path))
+    beside.replace(path)
+
+
+def read_checkpoint(path: Path, stamp: str, warn: Warn) -> dict[str, Any] | None:
+    """The newest readable checkpoint that carries `stamp`; None where there is none."""
+    for candidate in (path, previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            state = torch.load(candidate, weights_only=True)
+            if state["stamp"] != stamp:
+                raise ValueError("it belongs to another config")
+            assert isinstance(state, dict)
+            return state
+        except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+            _set_aside(candidate, error, warn)
+    return None
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(f"{path.name}.previous")
+
+
+def _set_aside(path: Path, error: Exception, warn: Warn) -> None:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    path.replace(aside)
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    warn(f"{path} cannot be used ({reason}); set aside as {aside.name}")

@@ -1,0 +1,125 @@
+"""The benchmark on tiny shapes: what it refuses to report, what it reports, and where."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+
+import osdn
+from osdn.bench import __main__ as bench
+from osdn.bench.cases import SUITES, Case, RedGateError, check_claim, gate, osdn_run
+from osdn.bench.measure import interleaved, peak_memory
+from osdn.bench.report import flatness, markdown, write
+
+CPU = SUITES["cpu"]
+TINY = dataclasses.replace(CPU, H=1, quick_tokens=(70,))
+FREE = TINY.case("osdn")
+
+
+@pytest.mark.parametrize("case", CPU.cases, ids=lambda case: case.name)
+def test_every_case_passes_the_gate_and_keeps_its_claim(case):
+    errors = gate(TINY, case, T=70)
+    assert set(errors) == {"o", "dq", "dk", "dv", "dbeta", "dd"}
+    check_claim(case, CPU.inputs(256, 0))
+
+
+def _scaled(x):
+    return 1.001 * FREE.run(x)
+
+
+def _no_gradient_of_d(x):
+    return FREE.run(dataclasses.replace(x, d=x.d.detach()))
+
+
+def _nan_with_right_gradients(x):
+    return FREE.run(x) + torch.nan
+
+
+@pytest.mark.parametrize("wrong", [osdn_run(None), _scaled, _no_gradient_of_d, _nan_with_right_gradients])
+def test_gate_turns_red_on_a_wrong_implementation(wrong):
+    with pytest.raises(RedGateError, match="osdn: relative error"):
+        gate(TINY, dataclasses.replace(FREE, run=wrong), T=70)
+
+
+def test_inputs_that_do_not_exercise_the_case_are_refused():
+    def with_rule(claim, **rule):
+        return Case("x", FREE.run, osdn.Preconditioner(**rule), claim)
+
+    x = TINY.inputs(256, 0)
+    check_claim(with_rule(1.0, d_min=0.9, d_max=1.1, feedback="beta_aware"), x)
+    for case in (
+        with_rule(1.0),  # no clip fires
+        with_rule(0.0, d_min=0.9, d_max=1.1, feedback="beta_aware"),  # clips fire
+        with_rule(0.0, eta=0.0),  # d stays where it was
+    ):
+        with pytest.raises(RedGateError, match="claims"):
+            check_claim(case, x)
+
+
+def test_competitors_take_turns_and_the_warm_up_is_dropped():
+    calls = []
+    samples = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, repeats=2)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_flatness_looks_at_long_inputs_alone():
+    assert flatness({512: 9.0, 1024: 2.0, 2048: 3.0}) == 1.5
+    assert flatness({512: 9.0, 1024: 2.0}) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_that_of_the_call():
+    peaks = peak_memory("cpu", "osdn, preconditioner=None", 1024, 1, 0)
+    tensor = 4 * 1024 * CPU.H * CPU.V
+    # At least o and one copy each of q, k and v; far below what the interpreter and torch occupy.
+    assert 4 * tensor < peaks["forward"] < peaks["forward+backward"] < 50 * tensor
+    with pytest.raises(RuntimeError, match="'no such case' at T = 1024"):
+        peak_memory("cpu", "no such case", 1024, 1, 0)
+
+
+@pytest.fixture
+def run_main(monkeypatch, tmp_path):
+    """Runs the command on a suite, without the memory's child processes; its arguments are those of a user."""
+
+    def run(suite):
+        monkeypatch.setitem(SUITES, "cpu", suite)
+        monkeypatch.setattr(bench, "peak_memory", lambda *_: {"forward": 70 * 1024, "forward+backward": 140 * 1024})
+        monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--repeats", "2", "--out", str(tmp_path)])
+        bench.main()
+
+    return run
+
+
+def test_a_run_leaves_json_and_table_and_overwrites_nothing(run_main, tmp_path, capsys):
+    run_main(TINY)
+    (path,) = tmp_path.glob("*.json")
+    first = path.read_text()
+    result = json.loads(first)
+    assert {"commit", "versions", "device", "threads", "date", "load_before", "config", "shape", "claims"} < set(result)
+    assert result["config"] == {"suite": "cpu", "threads": None, "quick": True, "repeats": 2, "seed": 0}
+    assert result["peer"]["qualname"] == "torch_chunk_gated_delta_rule"
+    assert result["peer"]["module"].startswith("transformers.models.qwen3_next")
+    assert set(result["gate"]) == set(result["cases"]) == {case.name for case in TINY.cases}
+    seconds = [x for x in result["measured"] if x["what"] == "seconds"]
+    assert len(seconds) == 2 * len(TINY.cases)
+    assert all(len(x["samples"]) == 2 and min(x["samples"]) > 0 for x in seconds)
+    table = path.with_suffix(".md").read_text()
+    assert table == markdown(result)
+    assert table in capsys.readouterr().out
+    assert "| KiB | forward | osdn | 1.0 |" in table
+
+    again = write(result, "second", tmp_path)
+    assert again.stem == path.stem + "-2"
+    assert (path.read_text(), path.with_suffix(".md").read_text()) == (first, table)
+    assert again.with_suffix(".md").read_text() == "second"
+
+
+def test_a_red_gate_reports_no_speed(run_main, tmp_path, capsys):
+    cases = tuple(dataclasses.replace(case, run=_scaled) if case == FREE else case for case in TINY.cases)
+    with pytest.raises(SystemExit, match="red gate, no speed is reported: osdn"):
+        run_main(dataclasses.replace(TINY, cases=cases))
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""

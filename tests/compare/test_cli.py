@@ -1,0 +1,44 @@
+import re
+
+import pytest
+
+from osdn.cli import main
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"osdn \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert "compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--models nothing", "models: got 'nothing', takes names among deltanet, osdn, osdn-apf,"),
+        ("--num-pairs 33", "seq_len: got 128, takes at least 2 * num_pairs * (passes + 1) = 132"),
+        ("--full --steps 9", "steps: got 9 beside full, takes one of the two"),
+        ("--task text --data nowhere", "data: got nowhere, which does not exist"),
+        ("--task text --seq-len 99999999", "data: got "),
+        ("--workers -1", "workers, checkpoint_every: got -1, 100, takes"),
+        ("--seeds 0", "seeds: got 0, takes an int >= 1"),
+    ],
+)
+def test_a_bad_request_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["compare", *arguments.split()])
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert not list(tmp_path.iterdir())
+    if "--seeds" not in arguments:
+        assert error.startswith("osdn: ")
+        assert error.count("\n") == 1

@@ -1,0 +1,106 @@
+"""What a newcomer meets first: the import, the README's examples, the state of the repository."""
+
+import importlib.resources
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import osdn
+
+ROOT = Path(__file__).parents[1]
+
+PUBLIC = {
+    "DeltaState",
+    "OSDNConfig",
+    "OSDNForCausalLM",
+    "OSDNModel",
+    "OnlineScaledDeltaNet",
+    "Preconditioner",
+    "explain",
+    "online_scaled_delta_rule",
+    "precondition",
+}
+
+IMPORT = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+sys.meta_path.insert(0, Refuse())
+import osdn
+print(*sorted({"matplotlib", "rich", "tyro", "triton"} & set(sys.modules)))
+"""
+
+
+def test_import_needs_no_triton_and_leaves_the_command_line_alone():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+def test_public_names():
+    assert set(osdn.__all__) >= PUBLIC
+    assert all(getattr(osdn, name).__doc__ for name in osdn.__all__)
+
+
+def test_types_are_shipped():
+    assert importlib.resources.files("osdn").joinpath("py.typed").is_file()
+
+
+def run_blocks(markdown):
+    """Executes the ```python blocks in order, in one namespace: a later block may use what an earlier one made."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", markdown, re.DOTALL | re.MULTILINE)
+    namespace = {"__name__": "readme"}
+    for n, block in enumerate(blocks, 1):
+        exec(compile(block, f"README.md, python block {n}", "exec"), namespace)
+    return len(blocks)
+
+
+def test_readme_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    fences = re.findall(r"^\s*```\s*py", text, re.MULTILINE)
+    assert run_blocks(text) == len(fences), "a python block is fenced in a way that this test does not see"
+
+
+def test_a_broken_readme_example_is_noticed():
+    assert run_blocks("a\n```python\nx = 1\n```\nb\n```python\nassert x == 1\n```\n```bash\nfalse\n```\n") == 2
+    with pytest.raises(ZeroDivisionError):
+        run_blocks("text\n\n```python\n1 / 0\n```\n")
+
+
+# Written so that they do not match themselves.
+FORBIDDEN = {
+    "a path of one machine": r"(?<![\w.~-])/([w]ork|[r]oot|[h]ome/\w+|[t]mp/bash)\w*/",
+    "a registry's host": r"\b([p]ypi\.(org|python)|[p]ythonhosted|[d]ownload\.pytorch|[r]egistry\.npmjs)",
+    "an open end without the issue that it waits for": r"\b([T]ODO|[F]IXME)(?!\(issue \d+\))",
+}
+
+
+def offences(text):
+    return [what for what, pattern in FORBIDDEN.items() if re.search(pattern, text)]
+
+
+def test_repository_names_no_machine_and_no_registry():
+    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listing, capture_output=True, check=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [path for name in names if name and (path := ROOT / name).is_file() and path.suffix not in {".png", ".pt"}]
+    assert len(files) > 10
+    found = [f"{path}: {what}" for path in files for what in offences(path.read_text(errors="replace"))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text", [f"cd /{'work'}/main", f"'/{'root'}/.cache'", f"https://{'pypi'}.org/simple", f"# {'TO'}DO: x"]
+)
+def test_an_offence_is_noticed(text):
+    assert len(offences(text)) == 1
+    assert offences(f"src/osdn/work/main.py, ~/root/x, {'TO'}DO(issue 12): x, http://127.0.0.1/") == []
