@@ -75,7 +75,7 @@ MUTANTS = {
     "clip passes its gradient": (scans, "solved | (raw == clipped)", "solved | (raw == raw)"),
     "solve without the decay between": (scans, "    L[:, 1:] *= R[:, :-1]\n", ""),
     "decay between off by one": (scans, "L[:, 1:] *= R[:, :-1]", "L *= R"),
-    "first token sees lambda": (scans, "x[:, 1:] *= G[w, :-1]", "x *= G[w]"),
+    "first token sees lambda": (scans, "x[:, 1:] *= G[:, :-1]", "x *= G"),
     "d shifted by one": (scans, "used[w, 0], used[w, 1:] = d[:n], after[:, :-1]", "used[w] = after"),
     "adjoint without the feedback term": (scans, "- back[:, 0]", ""),
     "adjoint without lambda": (scans, "lam[w, :1] * u_[:, 0]", "u_[:, 0]"),

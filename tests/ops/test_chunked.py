@@ -259,7 +259,7 @@ def test_scans_are_registered_as_torch_library_expects():
         torch.library.opcheck(scans.precondition_scan, args)
     for kept in (None, rand(5, 1), rand(5, 4)):
         args = (rand(5, 8, 4), rand(5, 8, 4), rand(5, 8, 4), rand(5, 8, 3), rand(5, 8, 8), rand(5, 8, 8))
-        torch.library.opcheck(scans.delta_scan, (*args, kept, rand(3, 4, 3), waves, True))
+        torch.library.opcheck(scans.delta_scan, (*args, kept, rand(3, 4, 3), waves, 0.5, True))
 
 
 @pytest.mark.parametrize("decay", [None, "channel"])

@@ -38,7 +38,7 @@ class Config:
 
 def run(config: Config, suite: Suite) -> dict[str, Any]:
     """Everything that is measured; raises RedGateError, before any clock runs, where an implementation is wrong."""
-    load = os.getloadavg() if hasattr(os, "getloadavg") else None
+    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.quick:

@@ -68,6 +68,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"B{shape['B']} H{shape['H']} K{shape['K']} V{shape['V']} {shape['dtype']}; "
             f"peer `{peer['module']}.{peer['qualname']}`; {result['versions']}; commit {result['commit']}.",
             f"Largest relative error against the float64 reference: {', '.join(worst)}.",
+            f"Load average before the run, which counts other work: {result['load_before']}.",
             "",
         ]
     )

@@ -112,7 +112,7 @@ def online_scaled_delta_rule(
         w, d = _precondition(k, beta, forget, layout.state_rows(d), layout.waves, p)
         w, d = w * k, layout.states(d)
     # Rebound, so that without autograd each tensor is freed as soon as the next exists.
-    q, k, v = q * scale, k * beta[..., None], v * beta[..., None]
+    k, v = k * beta[..., None], v * beta[..., None]
 
     # Within a chunk: A_tj = beta_t <k_t, w_j> and P_tj = <q_t, w_j>, each with the decay between j and t. The solver
     # reads A below the diagonal only.
@@ -129,7 +129,7 @@ def online_scaled_delta_rule(
         since_start, until_end = g.cumsum(1).exp(), _sum_after(g).exp()
         k, q, w, kept = k * since_start, q * since_start, w * until_end, since_start[:, -1]
     saves = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, w, A, S))
-    o, S, _, _ = delta_scan(q, k, w, v, A, P, kept, layout.state_rows(S), layout.waves, saves)
+    o, S, _, _ = delta_scan(q, k, w, v, A, P, kept, layout.state_rows(S), layout.waves, scale, saves)
     return layout.tokens(o), layout.states(S), d
 
 

@@ -1,7 +1,7 @@
 """The two sequential parts of the chunked backend, as `torch.library` operators with hand-written backwards.
 
     osdn::precondition_scan   e = (I + L)^-1 (c1 - c2 G s d), then d_t; a token scan from a chunk's first clip on
-    osdn::delta_scan          U = (I + A)^-1 (vb - kb S), O = q S + P U, S <- Gamma S + w^T U
+    osdn::delta_scan          U = (I + A)^-1 (vb - kb S), O = scale (q S + P U), S <- Gamma S + w^T U
 
 Being opaque operators, their loops over chunks and the data-dependent token scan leave a `torch.compile` graph whole.
 Rows [M, C, ...] and waves are those of `chunked.py`: M rows, C chunk length, R = N * H states, K key dim, V value dim;
@@ -12,6 +12,7 @@ Derivations: docs/math.md.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +28,14 @@ def segment_sums(f: Tensor) -> Tensor:
     return x.cumsum(1).masked_fill(~ones.tril(), -torch.inf)
 
 
-def _solve_parts(
-    s: Tensor, c2: Tensor, forget: Tensor | None, eta: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """L with (I + L) e = c1 - c2 G s d; R_tj = prod_{j < i <= t} lambda_i; G_t+1 = prod_{i <= t} lambda_i."""
+def _solve_parts(s: Tensor, c2: Tensor, forget: Tensor | None, eta: float) -> tuple[Tensor, Tensor | None]:
+    """Of one wave: L with (I + L) e = c1 - c2 G s d, and R_tj = prod_{j < i <= t} lambda_i."""
     L = (s @ s.mT).mul_((eta * c2)[..., None])
     if forget is None:
-        return L, None, None
+        return L, None
     R = segment_sums(forget).exp()
     L[:, 1:] *= R[:, :-1]
-    return L, R, forget.cumsum(1).exp()
+    return L, R
 
 
 @torch.library.custom_op(
@@ -61,22 +60,24 @@ def precondition_scan(
     s [M, C, K], c1, c2, forget (log lambda) [M, C], d [R, K] -> d as used [M, C, K], d after the last token [R, K],
     and where the clip was inactive [M, C, K].
     """
-    L, R, G = _solve_parts(s, c2, forget, eta)
     used, inside = torch.empty_like(s), torch.ones_like(s, dtype=torch.bool)
     d = d.clone()
     for w, n in _slices(waves):
-        x = torch.bmm(s[w], d[:n, :, None])[..., 0]
+        s_, c1_, c2_, f_ = _of_wave(w, s, c1, c2, forget)
+        L, R = _solve_parts(s_, c2_, f_, eta)
+        x = torch.bmm(s_, d[:n, :, None])[..., 0]
+        G = None if f_ is None else f_.cumsum(1).exp()
         if G is not None:
-            x[:, 1:] *= G[w, :-1]
-        e = torch.linalg.solve_triangular(L[w], (c1[w] - c2[w] * x)[..., None], upper=False, unitriangular=True)
-        step = eta * e * s[w]
+            x[:, 1:] *= G[:, :-1]
+        e = torch.linalg.solve_triangular(L, (c1_ - c2_ * x)[..., None], upper=False, unitriangular=True)
+        step = eta * e * s_
         if R is None or G is None:
             after = step.cumsum(1).add_(d[:n, None])
         else:
-            after = torch.baddbmm(G[w][..., None] * d[:n, None], R[w], step)
+            after = torch.baddbmm(G[..., None] * d[:n, None], R, step)
         low, high = torch.aminmax(after)
         if not (low >= d_min and high <= d_max):
-            _finish_by_tokens(after, inside[w], d[:n], w, s, c1, c2, forget, eta, d_min, d_max)
+            _finish_by_tokens(after, inside[w], d[:n], s_, c1_, c2_, f_, eta, d_min, d_max)
         used[w, 0], used[w, 1:] = d[:n], after[:, :-1]
         d[:n] = after[:, -1]
     return used, d, inside
@@ -86,11 +87,14 @@ def _slices(waves: list[int]) -> list[tuple[slice, int]]:
     return [(slice(a, b), b - a) for a, b in pairwise(accumulate(waves, initial=0))]
 
 
+def _of_wave(w: slice, *rows: Any) -> Any:
+    return [None if x is None else x[w] for x in rows]
+
+
 def _finish_by_tokens(
     after: Tensor,
     inside: Tensor,
     d: Tensor,
-    w: slice,
     s: Tensor,
     c1: Tensor,
     c2: Tensor,
@@ -103,8 +107,8 @@ def _finish_by_tokens(
     out = ((after < d_min) | (after > d_max) | after.isnan()).any(-1)
     rows = out.any(-1).nonzero()[:, 0]
     first = out[rows].int().argmax(-1)
-    s, c1, c2 = (x[w][rows] for x in (s, c1, c2))
-    keeps = None if forget is None else forget[w][rows].exp()
+    s, c1, c2 = s[rows], c1[rows], c2[rows]
+    keeps = None if forget is None else forget[rows].exp()
     after_, inside_ = after[rows], inside[rows]
     for t in range(int(first.min()), s.shape[1]):
         now = after_[:, t - 1] if t else d[rows]
@@ -145,19 +149,19 @@ def precondition_scan_backward(
     adj_t = a_t + lambda_t u_t - eta c2_t p_t s_t; where no clip fired, (I + L^T) p = <s, R^T a>.
     """
     with no_autocast(s.device):
-        L, R, _ = _solve_parts(s, c2, forget, eta)
         lam = None if forget is None else forget.exp()
         u, p = torch.empty_like(s), torch.empty_like(c1)
         adj = grad_final.clone()
         for w, n in reversed(_slices(waves)):
-            a, s_, c2_ = grad_used[w], s[w], eta * c2[w]
+            a, s_, c2_, f_ = _of_wave(w, grad_used, s, c2, forget)
             if inside[w].all():
-                u_ = _backward_sum(R, w, torch.cat([a[:, 1:], adj[:n, None]], 1))
+                L, R = _solve_parts(s_, c2_, f_, eta)
+                u_ = _backward_sum(R, torch.cat([a[:, 1:], adj[:n, None]], 1))
                 h = (u_ * s_).sum(-1, keepdim=True)
-                p_ = torch.linalg.solve_triangular(L[w].mT, h, upper=True, unitriangular=True)[..., 0]
-                back = (c2_ * p_)[..., None] * s_
+                p_ = torch.linalg.solve_triangular(L.mT, h, upper=True, unitriangular=True)[..., 0]
+                back = (eta * c2_ * p_)[..., None] * s_
                 if u_.shape[1] > 1:
-                    u_[:, :-1] -= _backward_sum(None if R is None else R[:, :-1, :-1], w, back[:, 1:])
+                    u_[:, :-1] -= _backward_sum(None if R is None else R[:, :-1, :-1], back[:, 1:])
                 u[w], p[w] = u_, p_
                 adj[:n] = a[:, 0] + (u_[:, 0] if lam is None else lam[w, :1] * u_[:, 0]) - back[:, 0]
             else:
@@ -166,7 +170,7 @@ def precondition_scan_backward(
                     p_ = (u_ * s_[:, t]).sum(-1)
                     u[w, t], p[w, t] = u_, p_
                     kept = u_ if lam is None else lam[w, t, None] * u_
-                    adj[:n] = a[:, t] + kept - (c2_[:, t] * p_)[:, None] * s_[:, t]
+                    adj[:n] = a[:, t] + kept - (eta * c2_[:, t] * p_)[:, None] * s_[:, t]
         x = (used * s).sum(-1)
         p = eta * p
         ds = (eta * (c1 - c2 * x))[..., None] * u - (c2 * p)[..., None] * used
@@ -174,9 +178,9 @@ def precondition_scan_backward(
         return ds, p, -p * x, df, adj
 
 
-def _backward_sum(R: Tensor | None, w: slice, x: Tensor) -> Tensor:
+def _backward_sum(R: Tensor | None, x: Tensor) -> Tensor:
     """sum_{j >= t} R_jt x_j, R = 1 below the diagonal where there is no forgetting."""
-    return x.flip(1).cumsum(1).flip(1) if R is None else R[w].mT @ x
+    return x.flip(1).cumsum(1).flip(1) if R is None else R.mT @ x
 
 
 @precondition_scan_backward.register_fake
@@ -207,7 +211,7 @@ precondition_scan.register_autograd(_precondition_backward, setup_context=_preco
     "osdn::delta_scan",
     mutates_args=(),
     schema="(Tensor q, Tensor kb, Tensor w, Tensor vb, Tensor A, Tensor P, Tensor? kept, Tensor S, int[] waves, "
-    "bool saves) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float scale, bool saves) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def delta_scan(
     q: Tensor,
@@ -219,9 +223,10 @@ def delta_scan(
     kept: Tensor | None,
     S: Tensor,
     waves: list[int],
+    scale: float,
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Chunk by chunk: U = (I + A)^-1 (vb - kb S), O = q S + P U, S <- kept S + w^T U.
+    """Chunk by chunk: U = (I + A)^-1 (vb - kb S), O = scale (q S + P U), S <- kept S + w^T U.
 
     q, kb, w [M, C, K], vb [M, C, V], A (below the diagonal), P [M, C, C], kept [M, 1 | K], S [R, K, V]
     -> O [M, C, V], S after the last token, and, when `saves`, U [M, C, V] and S before each chunk [M, K, V].
@@ -239,7 +244,7 @@ def delta_scan(
         if saves:
             U_all[i], S_all[i] = U, S_
         torch.bmm(q[i], S_, out=o[i])
-        o[i].baddbmm_(P[i], U)
+        o[i].baddbmm_(P[i], U, beta=scale, alpha=scale)
         if kept is not None:
             S_ *= kept[i, :, None]
         S_.baddbmm_(w[i].mT, U)
@@ -247,7 +252,7 @@ def delta_scan(
 
 
 @delta_scan.register_fake
-def _(q, kb, w, vb, A, P, kept, S, waves, saves):  # type: ignore[no-untyped-def]
+def _(q, kb, w, vb, A, P, kept, S, waves, scale, saves):  # type: ignore[no-untyped-def]
     saved = (vb.shape, (*q.shape[::2], vb.shape[-1])) if saves else ((0,), (0,))
     return torch.empty_like(vb), torch.empty_like(S), *(vb.new_empty(x) for x in saved)
 
@@ -256,7 +261,7 @@ def _(q, kb, w, vb, A, P, kept, S, waves, saves):  # type: ignore[no-untyped-def
     "osdn::delta_scan_backward",
     mutates_args=(),
     schema="(Tensor grad_o, Tensor grad_S, Tensor q, Tensor kb, Tensor w, Tensor A, Tensor P, Tensor? kept, Tensor U, "
-    "Tensor S, int[] waves) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor S, int[] waves, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def delta_scan_backward(
     grad_o: Tensor,
@@ -270,6 +275,7 @@ def delta_scan_backward(
     U: Tensor,
     S: Tensor,
     waves: list[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, kb, w, vb, A, P, kept (empty without) and S_0; S holds the state before each chunk."""
     with no_autocast(q.device):
@@ -278,7 +284,7 @@ def delta_scan_backward(
         below = A.new_ones(A.shape[1:]).tril(-1)
         dS = grad_S.clone()
         for i, n in reversed(_slices(waves)):
-            dS_, do = dS[:n], grad_o[i]
+            dS_, do = dS[:n], scale * grad_o[i]
             dU = torch.baddbmm(w[i] @ dS_, P[i].mT, do)
             dR = torch.linalg.solve_triangular(A[i].mT, dU, upper=True, unitriangular=True)
             torch.bmm(U[i], dS_.mT, out=dw[i])
@@ -296,13 +302,13 @@ def delta_scan_backward(
 
 
 @delta_scan_backward.register_fake
-def _(grad_o, grad_S, q, kb, w, A, P, kept, U, S, waves):  # type: ignore[no-untyped-def]
+def _(grad_o, grad_S, q, kb, w, A, P, kept, U, S, waves, scale):  # type: ignore[no-untyped-def]
     dkept = q.new_empty(0) if kept is None else torch.empty_like(kept)
     return *(torch.empty_like(x) for x in (q, kb, w, U, A, P)), dkept, torch.empty_like(grad_S)
 
 
 def _delta_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, kb, w, _, A, P, kept, _, ctx.waves, _ = inputs
+    q, kb, w, _, A, P, kept, _, ctx.waves, ctx.scale, _ = inputs
     _, _, U, S = output
     ctx.mark_non_differentiable(U, S)
     ctx.save_for_backward(q, kb, w, A, P, kept, U, S)
@@ -310,8 +316,8 @@ def _delta_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _delta_backward(ctx, grad_o, grad_S, *_):  # type: ignore[no-untyped-def]
     q, kb, w, A, P, kept, U, S = ctx.saved_tensors
-    *grads, dkept, dS = delta_scan_backward(grad_o, grad_S, q, kb, w, A, P, kept, U, S, ctx.waves)
-    return *grads, None if kept is None else dkept, dS, None, None
+    *grads, dkept, dS = delta_scan_backward(grad_o, grad_S, q, kb, w, A, P, kept, U, S, ctx.waves, ctx.scale)
+    return *grads, None if kept is None else dkept, dS, None, None, None
 
 
 delta_scan.register_autograd(_delta_backward, setup_context=_delta_setup)
