@@ -76,7 +76,7 @@ def test_a_broken_readme_example_is_noticed():
 
 # Written so that they do not match themselves.
 FORBIDDEN = {
-    "a path of one machine": r"(?<![\w.~-])/([w]ork|[r]oot|[h]ome/\w+|[t]mp/bash)\w*/",
+    "a path of one machine": r"(?<![\w.~-])/([r]oot|[h]ome/\w+|[U]sers/\w+)/",
     "a registry's host": r"\b([p]ypi\.(org|python)|[p]ythonhosted|[d]ownload\.pytorch|[r]egistry\.npmjs)",
     "an open end without the issue that it waits for": r"\b([T]ODO|[F]IXME)(?!\(issue \d+\))",
 }
@@ -99,8 +99,8 @@ def test_repository_names_no_machine_and_no_registry():
 
 
 @pytest.mark.parametrize(
-    "text", [f"cd /{'work'}/main", f"'/{'root'}/.cache'", f"https://{'pypi'}.org/simple", f"# {'TO'}DO: x"]
+    "text", [f"cd /{'home'}/me/main", f"'/{'root'}/.cache'", f"https://{'pypi'}.org/simple", f"# {'TO'}DO: x"]
 )
 def test_an_offence_is_noticed(text):
     assert len(offences(text)) == 1
-    assert offences(f"src/osdn/work/main.py, ~/root/x, {'TO'}DO(issue 12): x, http://127.0.0.1/") == []
+    assert offences(f"src/home/main.py, ~/root/x, {'TO'}DO(issue 12): x, http://127.0.0.1/") == []

@@ -24,7 +24,7 @@ def result(model, seed, accuracy, loss):
 RESULTS = [
     result("deltanet", 0, accuracy=0.90, loss=1.0),
     result("deltanet", 1, accuracy=0.96, loss=0.8),
-    result("osdn", 0, accuracy=0.95, loss=1.1),
+    result("osdn", 0, accuracy=0.95, loss=0.9),
     result("osdn", 1, accuracy=0.92, loss=0.7),
 ]
 
@@ -48,7 +48,7 @@ def test_table():
     assert rows[0][4:] == ["1.5e-07 ±0", "11,272", "148,736", "20,000"]
     header, rows = summary("text").table()
     assert header[1:5] == ["loss", "bits a byte", "AR-hit loss", "other loss"]
-    assert rows[1][1] == ".900 ±.200"
+    assert rows[1][1] == ".800 ±.100"
 
 
 def test_remarks_say_which_is_better_and_what_is_missing():
@@ -59,7 +59,7 @@ def test_remarks_say_which_is_better_and_what_is_missing():
     low = Summary(summary().experiment, [*RESULTS[:2], result("osdn", 0, 0.49, 3.0), RESULTS[3]]).remarks()
     assert "Not learned in 9 steps (accuracy below .5): osdn 1 of 2." in low[2]
     assert "Controls not in this run: beta2, static, forget-only, gdn." in text
-    assert "osdn +0.000 (better in 1 of 2)" in "\n".join(summary("text").remarks()).replace("-0.000", "+0.000")
+    assert "osdn -0.100 (better in 2 of 2)" in "\n".join(summary("text").remarks())
     assert "Controls" not in "\n".join(summary(models=("deltanet",)).remarks())
 
 
@@ -70,7 +70,7 @@ def test_rendered(task):
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= 80
     assert "deltanet" in shown
-    assert ("│ .930 ±.030 │" if task == "mqar" else "│ .900 ±.100 │") in shown
+    assert (" .930 ±.030 │" if task == "mqar" else " .900 ±.100 │") in shown
     markdown = summary(task).markdown().splitlines()
     assert markdown[2].count("|") == markdown[3].count("|") == markdown[5].count("|")
     assert summary(task).figure().startswith(b"\x89PNG")

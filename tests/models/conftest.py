@@ -37,7 +37,7 @@ def make_model():
 @pytest.fixture
 def assert_d_moved():
     def check(model, cache):
-        """The trap of SPEC 1: where d stays at d_0, a test of the preconditioner proves nothing."""
+        """The trap (docs/math.md, 3): where d stays at d_0, a test of the preconditioner proves nothing."""
         for layer, state in zip(model.model.layers, cache.layers):
             p = layer.attn.preconditioner
             if p is not None:

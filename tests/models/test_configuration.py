@@ -123,7 +123,7 @@ def test_the_preconditioner_is_always_whole(tmp_path):
         ({"num_layers": 3}, r"num_layers: OSDNConfig has no such field, takes vocab_size, hidden_size"),
         ({"preconditioner": {"Eta": 1}}, r"preconditioner: got unknown Eta, takes eta, feedback, d_min"),
         ({"preconditioner": {"eta": -1}}, r"preconditioner.eta: got -1.0"),
-        ({"preconditioner": "apf"}, r"preconditioner: got 'apf', takes None or a dict"),
+        ({"preconditioner": "apf"}, r"preconditioner: got 'apf', takes None, osdn.nn.PreconditionerOptions or a dict"),
         ({"hidden_size": 0}, r"hidden_size: got 0, takes an integer >= 1"),
         ({"hidden_ratio": -1}, r"hidden_ratio: got -1"),
         ({"norm_eps": 0.0}, r"norm_eps: got 0.0"),

@@ -242,7 +242,10 @@ def test_plain_tie_still_warns(monkeypatch):
         ({"state_decay": "vector"}, r"state_decay: got 'vector', takes one of \('none', 'scalar', 'channel'\)"),
         ({"output_gate": "tanh"}, r"output_gate: got 'tanh'"),
         ({"preconditioner": {"etta": 1}}, r"preconditioner: got unknown etta, takes eta, feedback"),
-        ({"preconditioner": "osdn"}, r"preconditioner: got 'osdn', takes None or a dict"),
+        (
+            {"preconditioner": "osdn"},
+            r"preconditioner: got 'osdn', takes None, osdn.nn.PreconditionerOptions or a dict",
+        ),
     ],
 )
 def test_refused_arguments(kwargs, message):

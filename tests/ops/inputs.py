@@ -38,6 +38,7 @@ class Case:
     normalize_step: bool = False
     eta: float = 4.0
     qk_l2norm: bool = False
+    chunk_size: int = 64
     seed: int = 0
 
     @property
@@ -116,6 +117,7 @@ def run(case: Case, x: dict[str, Tensor | None], backend: str, grads: bool = Tru
         output_final_state=True,
         qk_l2norm=case.qk_l2norm,
         cu_seqlens=case.cu_seqlens,
+        chunk_size=case.chunk_size,
         backend=backend,
     )
     out = dict(zip(OUTPUTS, (o, state.S, state.d)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import osdn
-from osdn.ops import api, dispatch
+from osdn.ops import api, dispatch, reference
 
 P = osdn.Preconditioner(feedback="beta_aware")
 
@@ -48,6 +48,8 @@ def packed(bounds, T=5, dtype=torch.int64):
         ({"v": torch.randn(2, 4, 2, 3)}, r"v: got \(2, 4, 2, 3\), takes shape \[2, 5, HV, V\]"),
         ({"v": torch.randn(2, 5, 3, 3)}, "HV a multiple of 2"),
         ({"v": torch.randn(2, 5, 2, 3).double()}, "v: got torch.float64"),
+        ({"beta": None}, r"beta: got None, takes a tensor \[B, T, HV\]"),
+        ({"v": [[1.0]]}, "v: got list, takes a torch.Tensor"),
         ({"beta": torch.rand(2, 5)}, r"beta: got \(2, 5\), takes shape \[2, 5, 2\]"),
         ({"beta": torch.rand(2, 5, 2).double()}, "beta: got torch.float64, takes torch.float32"),
         ({"g": torch.zeros(2, 5, 2, 3)}, r"g: got .* takes shape \[2, 5, 2\] or shape \[2, 5, 2, 4\]"),
@@ -108,17 +110,31 @@ def test_precondition_refuses():
         osdn.precondition(k, None, preconditioner=osdn.Preconditioner(), initial_d=torch.ones(2, 2, 4))
 
 
-def test_precondition_is_what_the_operator_uses():
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_precondition_is_what_the_operator_uses(backend):
     gen = torch.Generator().manual_seed(0)
-    k = torch.nn.functional.normalize(torch.rand(1, 90, 2, 8, generator=gen, dtype=torch.float64), dim=-1)
+    q, k, v = (torch.rand(1, 90, 2, 8, generator=gen, dtype=torch.float64) for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
     beta, d0 = (torch.rand(s, generator=gen, dtype=torch.float64) for s in ((1, 90, 2), (1, 2, 8)))
-    used, final = osdn.precondition(k, beta, preconditioner=P, initial_d=d0)
-    _, state = osdn.online_scaled_delta_rule(
-        k, k, k, beta, preconditioner=P, initial_state=osdn.DeltaState(d=d0), output_final_state=True, qk_l2norm=False
+    used, final = osdn.precondition(k, beta, preconditioner=P, initial_d=d0, backend=backend)
+    o, state = osdn.online_scaled_delta_rule(
+        q,
+        k,
+        v,
+        beta,
+        preconditioner=P,
+        initial_state=osdn.DeltaState(d=d0),
+        output_final_state=True,
+        scale=1.0,
+        qk_l2norm=False,
+        backend=backend,
     )
+    want_o, want_S = reference.delta_rule(q, k, used * k, v, beta, None, torch.zeros_like(state.S), 1.0, None)
     assert torch.equal(used[:, 0], d0)
-    assert torch.equal(final, state.d)
     assert (final - d0).abs().mean() > 0.1
+    # 1e-12: float64 sums in another order.
+    for got, want in ((state.d, final), (o, want_o), (state.S, want_S)):
+        assert (got - want).norm() / want.norm() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

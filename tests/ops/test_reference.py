@@ -141,3 +141,19 @@ def test_gradcheck(decay, feedback, box, normalize_step):
     # Random projections of the Jacobian everywhere, its every entry for the case with everything on.
     everything = (decay, feedback, box) == ("channel", "beta_aware", BOX)
     assert torch.autograd.gradcheck(f, [x[n].requires_grad_() for n in names], fast_mode=not everything)
+
+
+def test_the_step_size_limit():
+    """One-hot keys, the worst case ||s||^2 = 1: d oscillates for eta c2 just below 2 and grows just above."""
+    k = torch.zeros(1, 400, 1, 4, dtype=F64)
+    k[..., 0] = 1
+
+    def end(eta: float, feedback: str, beta: float) -> float:
+        p = osdn.Preconditioner(eta, feedback, -math.inf, math.inf)
+        d = torch.full((1, 1, 4), 1.1 / beta if feedback == "beta_aware" else 1.1, dtype=F64)
+        b = torch.full((1, 400, 1), beta, dtype=F64)
+        return osdn.precondition(k, b, preconditioner=p, initial_d=d, backend="reference")[1].abs().max()
+
+    for feedback, beta, limit in (("beta_free", 0.5, 2.0), ("beta_aware", 0.8, 2 / 0.64), ("beta_aware", 2.0, 0.5)):
+        assert end(0.98 * limit, feedback, beta) < 2
+        assert end(1.02 * limit, feedback, beta) > 1e3

@@ -112,7 +112,7 @@ def compare(
     write_atomic(out / "table.md", summary.markdown().encode())
     write_atomic(out / "figure.png", summary.figure())
     if console.is_terminal:
-        console.print(summary.rich())
+        console.print(summary.rich(), *summary.remarks(), sep="\n", markup=False, highlight=False)
     else:
         console.print(summary.markdown(), markup=False, highlight=False, soft_wrap=True)
     console.print(f"table.md, figure.png and results.json are in {out}", soft_wrap=True)

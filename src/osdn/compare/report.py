@@ -92,15 +92,12 @@ class Summary:
         """What the table says and does not say."""
         e = self.experiment
         baseline, *others = e.models
-        seeds = f"{e.seeds} seeds" if e.seeds > 1 else "one seed"
+        seeds = f"mean ± half the range over {e.seeds} seeds" if e.seeds > 1 else "one seed"
         if self.mqar:
-            lines = [
-                f"Recall accuracy by number of pairs in a held-out sequence, trained at {e.num_pairs}; mean ± half the "
-                f"range over {seeds}."
-            ]
+            lines = [f"Recall accuracy by number of pairs in a held-out sequence, trained at {e.num_pairs}; {seeds}."]
         else:
             lines = [f"Losses in nats on held-out text; AR-hit: bytes that complete a bigram seen before in the same "
-                     f"context; mean ± half the range over {seeds}."]  # fmt: skip
+                     f"context; {seeds}."]  # fmt: skip
         differences = []
         for model in others:
             pairs = zip(*(self.values(name, *self.headline).each for name in (model, baseline)), strict=True)
@@ -135,7 +132,7 @@ class Summary:
     def rich(self) -> Table:
         """For a terminal: models side by side, which fits 80 columns for up to four of them."""
         header, rows = self.table()
-        table = Table(title=self.title, caption="\n".join(self.remarks()), caption_justify="left")
+        table = Table(title=self.title)
         for name, *cells in zip(header, *rows, strict=True):
             if name == header[0]:
                 table.add_column("")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from osdn.nn import layer
-from osdn.ops.api import _l2norm, precondition
+from osdn.ops.api import l2norm, precondition
 
 
 def residual_ratio(model: nn.Module, input_ids: Tensor) -> dict[str, Any]:
@@ -30,9 +30,10 @@ def token_residuals(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
     f_t(S) = ||v_t - S^T k_t||^2 and Sbar_t is the decayed state. Less than 1: the write brings S closer to v_t at k_t.
     d_t is computed anew, by `osdn.precondition`, from what the layers pass to the operator.
     """
-    model.eval()
+    training = model.training
     with _recorded() as ratios:
-        model(input_ids=input_ids, use_cache=False)
+        model.eval()(input_ids=input_ids, use_cache=False)
+    model.train(training)
     return ratios
 
 
@@ -43,7 +44,7 @@ def _recorded() -> Iterator[list[Tensor]]:
 
     def record(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any) -> Any:
         repeats, rule = v.shape[2] // k.shape[2], options["preconditioner"]
-        s = _l2norm(k.to(beta.dtype)).repeat_interleave(repeats, 2)
+        s = l2norm(k.to(beta.dtype)).repeat_interleave(repeats, 2)
         x = s.square().sum(-1)
         if rule is not None:
             d, _ = precondition(

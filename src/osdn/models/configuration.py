@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: @strict reads the types of the fields.
 import math
 from dataclasses import field, fields
-from typing import Any, ClassVar, NoReturn, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from osdn.nn.layer import OutputGate, StateDecay, head_shape
 from osdn.nn.options import PreconditionerOptions
+from osdn.ops.options import refuse
 
 _PAPER_BOX = {"feedback": "beta_aware", "eta": 0.003, "d_min": 2 / 3, "d_max": 3 / 2, "forget": "none"}
 _BOX = {"feedback": "beta_aware", "d_max": 2.0, "forget": "none"}
@@ -111,19 +112,19 @@ class OSDNConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for name, neutral in _FLA_NEUTRAL.items():
             if (value := kwargs.pop(name, neutral)) != neutral:
-                _refuse(name, value, f"{neutral!r}; nothing else of flash-linear-attention's `{name}` is supported")
+                refuse(name, value, f"{neutral!r}; nothing else of flash-linear-attention's `{name}` is supported")
         unknown = [k for k in kwargs if k not in _TRANSFORMERS_KEYS and not k.startswith("_")]
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: OSDNConfig has no such field, takes {', '.join(_FIELDS)}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "conv_size"):
             if getattr(self, name) < 1:
-                _refuse(name, getattr(self, name), "an integer >= 1")
+                refuse(name, getattr(self, name), "an integer >= 1")
         for name in ("hidden_ratio", "norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) < math.inf:
-                _refuse(name, getattr(self, name), "a finite number > 0")
+                refuse(name, getattr(self, name), "a finite number > 0")
         for name, takes in (("state_decay", get_args(StateDecay)), ("output_gate", get_args(OutputGate))):
             if getattr(self, name) not in takes:
-                _refuse(name, repr(getattr(self, name)), f"one of {takes}")
+                refuse(name, repr(getattr(self, name)), f"one of {takes}")
         head_shape(self.hidden_size, self.num_heads, self.head_dim, self.expand_v, self.num_v_heads)
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(self.hidden_size * self.hidden_ratio * 2 / 3 / 256)
@@ -149,7 +150,7 @@ class OSDNConfig(PreTrainedConfig):
         mixer, _, size = name.rpartition("-")
         if mixer not in _MIXERS or size not in _SIZES:
             takes = f"<mixer>-<size> with a mixer of {', '.join(_MIXERS)} and a size of {', '.join(_SIZES)}"
-            _refuse("preset", repr(name), takes)
+            refuse("preset", repr(name), takes)
         if unknown := sorted(set(overrides) - set(_FIELDS)):
             raise ValueError(f"{', '.join(unknown)}: OSDNConfig has no such field, takes {', '.join(_FIELDS)}")
         values = {**_SIZES[size], **_MIXERS[mixer], **overrides}
@@ -168,7 +169,3 @@ class OSDNConfig(PreTrainedConfig):
 
 
 _FIELDS = [f.name for f in fields(OSDNConfig) if f.name not in PreTrainedConfig.__dataclass_fields__]
-
-
-def _refuse(name: str, got: object, takes: str) -> NoReturn:
-    raise ValueError(f"{name}: got {got}, takes {takes}")

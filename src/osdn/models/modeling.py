@@ -267,7 +267,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
 def _check_kwargs(kwargs: dict[str, Any]) -> None:
     if unknown := sorted(set(kwargs) - TransformersKwargs.__optional_keys__):
         raise ValueError(
-            f"{', '.join(unknown)}: unknown, forward takes {', '.join(TransformersKwargs.__optional_keys__)}"
+            f"{', '.join(unknown)}: unknown, forward takes {', '.join(sorted(TransformersKwargs.__optional_keys__))}"
         )
     for name in ("output_attentions", "output_router_logits"):
         if kwargs.get(name):

@@ -1,4 +1,4 @@
-"""The layer and its parts, usable in any model; nothing here imports transformers."""
+"""The layer and its parts, usable in any model."""
 
 from osdn.nn.layer import OnlineScaledDeltaNet
 from osdn.nn.options import PreconditionerOptions

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osdn.nn.conv import causal_conv1d
-from osdn.nn.norm import RMSNorm, work_dtype
+from osdn.nn.norm import RMSNorm
 from osdn.nn.options import PreconditionerOptions
 from osdn.nn.packing import find_packing
 from osdn.ops.api import check_packing, online_scaled_delta_rule
-from osdn.ops.options import Backend, no_autocast
+from osdn.ops.options import Backend, no_autocast, refuse, work_dtype
 from osdn.ops.state import DeltaState
 
 StateDecay = Literal["none", "scalar", "channel"]
 OutputGate = Literal["none", "silu", "sigmoid_lowrank"]
+_DEFAULT_PRECONDITIONER = PreconditionerOptions()
 
 
 class OnlineScaledDeltaNet(nn.Module):
@@ -47,8 +48,8 @@ class OnlineScaledDeltaNet(nn.Module):
         allow_neg_eigval: beta in (0, 2) in place of (0, 1).
         state_decay: "none" (DeltaNet), "scalar" per head (Gated DeltaNet) or "channel" per key channel (KDA).
         output_gate: "none", "silu" (Gated DeltaNet) or "sigmoid_lowrank" (KDA).
-        preconditioner: `PreconditionerOptions`, or a dict of its fields (missing ones take their defaults), or None
-            for d == 1, the plain delta rule.
+        preconditioner: `osdn.nn.PreconditionerOptions`, or a dict of its fields (missing ones take their defaults);
+            None is d == 1, the plain delta rule. Give `d0` no weight decay: it would pull d to 0.
         layer_idx: place of the layer in a cache; needed with `past_key_values` alone.
         backend: as in `osdn.online_scaled_delta_rule`.
 
@@ -71,18 +72,20 @@ class OnlineScaledDeltaNet(nn.Module):
         allow_neg_eigval: bool = False,
         state_decay: StateDecay = "none",
         output_gate: OutputGate = "none",
-        preconditioner: PreconditionerOptions | Mapping[str, Any] | None = None,
+        preconditioner: PreconditionerOptions | Mapping[str, Any] | None = _DEFAULT_PRECONDITIONER,
         layer_idx: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         H, HV, K, V = head_shape(hidden_size, num_heads, head_dim, expand_v, num_v_heads)
         if conv_size < 1:
-            _refuse("conv_size", conv_size, "an integer >= 1")
+            refuse("conv_size", conv_size, "an integer >= 1")
         if state_decay not in get_args(StateDecay):
-            _refuse("state_decay", repr(state_decay), f"one of {get_args(StateDecay)}")
+            refuse("state_decay", repr(state_decay), f"one of {get_args(StateDecay)}")
+        if backend not in get_args(Backend):
+            refuse("backend", repr(backend), f"one of {get_args(Backend)}")
         if output_gate not in get_args(OutputGate):
-            _refuse("output_gate", repr(output_gate), f"one of {get_args(OutputGate)}")
+            refuse("output_gate", repr(output_gate), f"one of {get_args(OutputGate)}")
         self.H, self.HV, self.K, self.V = H, HV, K, V
         self.allow_neg_eigval, self.layer_idx, self.backend = allow_neg_eigval, layer_idx, backend
         self.state_decay, self.output_gate = state_decay, output_gate
@@ -160,7 +163,7 @@ class OnlineScaledDeltaNet(nn.Module):
             check_packing(cu_seqlens, B, T)
             return self._mix(hidden_states, past_key_values, cu_seqlens)
         if cu_seqlens is not None:
-            _refuse("attention_mask", "a mask beside cu_seqlens", "None with packed sequences")
+            refuse("attention_mask", "a mask beside cu_seqlens", "None with packed sequences")
         packing = find_packing(B, T, attention_mask)
         if packing is None:
             return self._mix(hidden_states, past_key_values, None)
@@ -238,22 +241,22 @@ class OnlineScaledDeltaNet(nn.Module):
     def _cache_layer(self, cache: Any, N: int) -> Any:
         i = self.layer_idx
         if i is None:
-            _refuse("layer_idx", None, "the layer's place in past_key_values")
+            refuse("layer_idx", None, "the layer's place in past_key_values")
         layers = getattr(cache, "layers", [])
         layer = layers[i] if i < len(layers) else None
         states = 1 if self.preconditioner is None else 2
         if layer is None or getattr(layer, "number_of_states", 0) < states:
             got = f"{type(cache).__name__} whose layer {i} is {'missing' if layer is None else layer}"
             takes = f"a linear-attention layer of {states} states there, as in transformers.DynamicCache(config=...)"
-            _refuse("past_key_values", got, takes)
+            refuse("past_key_values", got, takes)
         if layer.record_past:
-            _refuse(
+            refuse(
                 "past_key_values",
                 "a cache that records the past (assisted decoding)",
                 "one that does not: S and d cannot be rolled back",
             )
         if layer.conv_states[0] is not None and len(layer.conv_states[0]) != N:
-            _refuse("past_key_values", f"a cache of {len(layer.conv_states[0])} sequences", f"one of {N}")
+            refuse("past_key_values", f"a cache of {len(layer.conv_states[0])} sequences", f"one of {N}")
         return layer
 
     def extra_repr(self) -> str:
@@ -276,19 +279,17 @@ def head_shape(
 ) -> tuple[int, int, int, int]:
     """(H, HV, K, V), or ValueError where they do not come out whole."""
     if num_heads < 1:
-        _refuse("num_heads", num_heads, "an integer >= 1")
+        refuse("num_heads", num_heads, "an integer >= 1")
     if head_dim is None and hidden_size % num_heads:
-        _refuse(
-            "head_dim", None, f"an integer, since hidden_size {hidden_size} is no multiple of num_heads {num_heads}"
-        )
+        refuse("head_dim", None, f"an integer, since hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
     K = hidden_size // num_heads if head_dim is None else head_dim
     HV = num_heads if num_v_heads is None else num_v_heads
     if K < 1:
-        _refuse("head_dim", head_dim, "an integer >= 1")
+        refuse("head_dim", head_dim, "an integer >= 1")
     if HV < 1 or HV % num_heads:
-        _refuse("num_v_heads", num_v_heads, f"a multiple of num_heads, {num_heads}")
+        refuse("num_v_heads", num_v_heads, f"a multiple of num_heads, {num_heads}")
     if K * expand_v < 1 or K * expand_v != int(K * expand_v):
-        _refuse("expand_v", expand_v, f"a factor that makes head_dim {K} a whole number >= 1")
+        refuse("expand_v", expand_v, f"a factor that makes head_dim {K} a whole number >= 1")
     return num_heads, HV, K, int(K * expand_v)
 
 
@@ -299,7 +300,3 @@ def _low_rank(size: int, rank: int, out: int, *, bias: bool) -> nn.Sequential:
 def _assign(parameter: Tensor, value: Tensor) -> None:
     if not getattr(parameter, "_is_hf_initialized", False):
         parameter.copy_(value)
-
-
-def _refuse(name: str, got: object, takes: str) -> NoReturn:
-    raise ValueError(f"{name}: got {got}, takes {takes}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from osdn.ops.options import work_dtype
+
 
 class RMSNorm(nn.Module):
     """y = x * rsqrt(mean x^2 + eps) * weight [* gate], in float32 (float64 for float64 x), returned in x's dtype.
@@ -24,8 +26,3 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
-
-
-def work_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of gates, norms and states beside x: float32, or float64 where x is."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
-from osdn.ops.options import Feedback, Preconditioner
+from osdn.ops.options import Feedback, Preconditioner, refuse
 
 Forget = Literal["none", "data_dependent"]
 
@@ -43,13 +43,14 @@ class PreconditionerOptions:
             if name == "d_max" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                _refuse(name, value, "a finite number" + (", or None for no upper bound" if name == "d_max" else ""))
+                takes = "a finite number" + (", or None for no upper bound" if name == "d_max" else "")
+                refuse(f"preconditioner.{name}", repr(value), takes)
             object.__setattr__(self, name, float(value))
         for name in ("normalize_step", "learn_d_init"):
             if not isinstance(getattr(self, name), bool):
-                _refuse(name, getattr(self, name), "True or False")
+                refuse(f"preconditioner.{name}", repr(getattr(self, name)), "True or False")
         if self.forget not in get_args(Forget):
-            _refuse("forget", self.forget, f"one of {get_args(Forget)}")
+            refuse("preconditioner.forget", repr(self.forget), f"one of {get_args(Forget)}")
         try:
             self.rule()
         except ValueError as error:
@@ -62,9 +63,10 @@ class PreconditionerOptions:
             return value
         known = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping):
-            raise ValueError(f"preconditioner: got {value!r}, takes None or a dict with keys among {', '.join(known)}")
+            takes = f"None, osdn.nn.PreconditionerOptions or a dict with keys among {', '.join(known)}"
+            refuse("preconditioner", repr(value), takes)
         if unknown := sorted(set(value) - set(known)):
-            raise ValueError(f"preconditioner: got unknown {', '.join(unknown)}, takes {', '.join(known)}")
+            refuse("preconditioner", f"unknown {', '.join(unknown)}", ", ".join(known))
         return cls(**value)
 
     def rule(self) -> Preconditioner:
@@ -75,7 +77,3 @@ class PreconditionerOptions:
     def to_dict(self) -> dict[str, Any]:
         """Every key, ready for config.json."""
         return asdict(self)
-
-
-def _refuse(name: str, got: object, takes: str) -> NoReturn:
-    raise ValueError(f"preconditioner.{name}: got {got!r}, takes {takes}")

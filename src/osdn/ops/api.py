@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osdn.ops.dispatch import Choice, choose
-from osdn.ops.options import Backend, Preconditioner, no_autocast
+from osdn.ops.options import Backend, Preconditioner, no_autocast, refuse, work_dtype
 from osdn.ops.state import DeltaState
 
 _warned_tie = False
@@ -67,16 +67,21 @@ def online_scaled_delta_rule(
     Raises:
         ValueError: naming the argument, what it got and what it takes, before any work is done.
 
+    Warns once where beta_free feedback meets d = 1 and lambda = 1, which is the plain delta rule. Call backward outside
+    autocast, as PyTorch asks: inside it, the products that autograd forms would run in low precision.
+
     Source: arXiv 2605.13473; the chunkwise form is derived in docs/math.md.
     """
+    if beta is None:
+        refuse("beta", None, "a tensor [B, T, HV]")
     work, N = _check_call(q, k, v, beta, g, forget, preconditioner, cu_seqlens, chunk_size)
     choice = choose(q, backend)
     H, K, HV, V = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     state = initial_state if initial_state is not None else DeltaState()
     if not isinstance(state, DeltaState):
-        _refuse("initial_state", type(initial_state).__name__, "an osdn.DeltaState or None")
+        refuse("initial_state", type(initial_state).__name__, "an osdn.DeltaState or None")
     if preconditioner is None and state.d is not None:
-        _refuse("initial_state.d", "a tensor", "None where preconditioner is None (d == 1)")
+        refuse("initial_state.d", "a tensor", "None where preconditioner is None (d == 1)")
     S = _state("initial_state.S", state.S, (N, HV, K, V), work, q.device, 0.0)
     d = None
     if preconditioner is not None:
@@ -86,7 +91,7 @@ def online_scaled_delta_rule(
     with no_autocast(q.device):
         qw, kw = q.to(work), k.to(work)
         if qk_l2norm:
-            qw, kw = _l2norm(qw), _l2norm(kw)
+            qw, kw = l2norm(qw), l2norm(kw)
         if HV != H:
             qw, kw = (x.repeat_interleave(HV // H, 2) for x in (qw, kw))
         o, S, d = choice.module.online_scaled_delta_rule(
@@ -119,7 +124,7 @@ def precondition(
     """The preconditioner alone: d_{t+1} = clip(exp(forget_t) d_t + eta e_t k_t^2, d_min, d_max).
 
     Args:
-        k: `[B, T, H, K]`, as used by the delta rule, i.e. already normalised.
+        k: `[B, T, H, K]`, as used by the delta rule: already normalised, and repeated where there are more value heads.
         beta: `[B, T, H]`, linear space; may be None for "beta_free" feedback.
         forget: log lambda `[B, T, H]`, <= 0 and finite; None is lambda = 1.
         initial_d: `[N, H, K]` in the work dtype; None is 1.
@@ -133,9 +138,9 @@ def precondition(
         ValueError: naming the argument, what it got and what it takes, before any work is done.
     """
     if not isinstance(preconditioner, Preconditioner):
-        _refuse("preconditioner", type(preconditioner).__name__, "an osdn.Preconditioner")
+        refuse("preconditioner", type(preconditioner).__name__, "an osdn.Preconditioner")
     if beta is None and preconditioner.feedback == "beta_aware":
-        _refuse("beta", None, "a tensor [B, T, H] for beta_aware feedback")
+        refuse("beta", None, "a tensor [B, T, H] for beta_aware feedback")
     work, N = _check_call(None, k, None, beta, None, forget, preconditioner, cu_seqlens, 64)
     choice = choose(k, backend)
     H, K = k.shape[2], k.shape[3]
@@ -152,12 +157,8 @@ def explain(q: Tensor, *, backend: Backend = "auto") -> Choice:
     `str()` of the result is one readable line. Raises ValueError as the call itself would for `backend`.
     """
     if q.ndim != 4:
-        _refuse("q", tuple(q.shape), "shape [B, T, H, K]")
+        refuse("q", tuple(q.shape), "shape [B, T, H, K]")
     return choose(q, backend)
-
-
-def _refuse(name: str, got: object, takes: str) -> None:
-    raise ValueError(f"{name}: got {got}, takes {takes}")
 
 
 def _check_call(
@@ -172,42 +173,46 @@ def _check_call(
     chunk_size: int,
 ) -> tuple[torch.dtype, int]:
     """Refuse what does not fit together; the work dtype and the number of sequences."""
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "forget": forget, "cu_seqlens": cu_seqlens}
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            refuse(name, type(x).__name__, "a torch.Tensor")
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if k.ndim != 4 or 0 in k.shape:
-        _refuse("k", tuple(k.shape), "shape [B, T, H, K] with every size >= 1")
+        refuse("k", tuple(k.shape), "shape [B, T, H, K] with every size >= 1")
     B, T, H, K = k.shape
     if k.dtype not in floats:
-        _refuse("k", k.dtype, "a floating dtype")
+        refuse("k", k.dtype, "a floating dtype")
     if q is not None and q.shape != k.shape:
-        _refuse("q", tuple(q.shape), f"the shape of k, {tuple(k.shape)}")
+        refuse("q", tuple(q.shape), f"the shape of k, {tuple(k.shape)}")
     HV = H
     if v is not None:
         if v.ndim != 4 or v.shape[:2] != (B, T) or 0 in v.shape or v.shape[2] % H:
-            _refuse("v", tuple(v.shape), f"shape [{B}, {T}, HV, V] with HV a multiple of {H}, V >= 1")
+            refuse("v", tuple(v.shape), f"shape [{B}, {T}, HV, V] with HV a multiple of {H}, V >= 1")
         HV = v.shape[2]
     for name, x in (("q", q), ("v", v)):
         if x is not None and x.dtype != k.dtype:
-            _refuse(name, x.dtype, f"the dtype of k, {k.dtype}")
+            refuse(name, x.dtype, f"the dtype of k, {k.dtype}")
     for name, x in (("beta", beta), ("g", g), ("forget", forget)):
         if x is None:
             continue
         shapes = [(B, T, HV), (B, T, HV, K)] if name == "g" else [(B, T, HV)]
         if tuple(x.shape) not in shapes:
-            _refuse(name, tuple(x.shape), " or ".join(f"shape {list(s)}" for s in shapes))
+            refuse(name, tuple(x.shape), " or ".join(f"shape {list(s)}" for s in shapes))
         dtypes = {k.dtype} if k.dtype == torch.float64 else {k.dtype, torch.float32}
         if x.dtype not in dtypes:
-            _refuse(name, x.dtype, " or ".join(sorted(map(str, dtypes))))
-    for name, x in (("q", q), ("v", v), ("beta", beta), ("g", g), ("forget", forget), ("cu_seqlens", cu_seqlens)):
+            refuse(name, x.dtype, " or ".join(sorted(map(str, dtypes))))
+    for name, x in tensors.items():
         # cu_seqlens may stay on the CPU, where its values can be read without a synchronisation.
         if x is not None and x.device != k.device and not (name == "cu_seqlens" and x.device.type == "cpu"):
-            _refuse(name, x.device, f"the device of k, {k.device}")
+            refuse(name, x.device, f"the device of k, {k.device}")
     if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
-        _refuse("preconditioner", type(preconditioner).__name__, "an osdn.Preconditioner or None")
+        refuse("preconditioner", type(preconditioner).__name__, "an osdn.Preconditioner or None")
     if preconditioner is None and forget is not None:
-        _refuse("forget", "a tensor", "None where preconditioner is None (there is no d to forget)")
+        refuse("forget", "a tensor", "None where preconditioner is None (there is no d to forget)")
     if chunk_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        _refuse("chunk_size", chunk_size, "a power of two from 1 to 256")
-    return torch.float64 if k.dtype == torch.float64 else torch.float32, check_packing(cu_seqlens, B, T)
+        refuse("chunk_size", chunk_size, "a power of two from 1 to 256")
+    return work_dtype(k), check_packing(cu_seqlens, B, T)
 
 
 def check_packing(cu_seqlens: Tensor | None, B: int, T: int) -> int:
@@ -215,14 +220,14 @@ def check_packing(cu_seqlens: Tensor | None, B: int, T: int) -> int:
     if cu_seqlens is None:
         return B
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        _refuse("cu_seqlens", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}", "int32 or int64, shape [N + 1], N >= 1")
+        refuse("cu_seqlens", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}", "int32 or int64, shape [N + 1], N >= 1")
     if B != 1:
-        _refuse("cu_seqlens", f"B = {B}", "a packed batch, B = 1")
+        refuse("cu_seqlens", f"B = {B}", "a packed batch, B = 1")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in pairwise(bounds)):
             shown = bounds if len(bounds) <= 8 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"
-            _refuse("cu_seqlens", shown, f"offsets from 0 to T = {T} that do not decrease")
+            refuse("cu_seqlens", shown, f"offsets from 0 to T = {T} that do not decrease")
     return len(cu_seqlens) - 1
 
 
@@ -232,11 +237,12 @@ def _state(
     if x is None:
         return torch.full(shape, default, dtype=work, device=device)
     if tuple(x.shape) != shape or x.dtype != work or x.device != device:
-        _refuse(name, f"{x.dtype} {tuple(x.shape)} on {x.device}", f"{work} {shape} on {device}")
+        refuse(name, f"{x.dtype} {tuple(x.shape)} on {x.device}", f"{work} {shape} on {device}")
     return x
 
 
-def _l2norm(x: Tensor) -> Tensor:
+def l2norm(x: Tensor) -> Tensor:
+    """x * rsqrt(sum x^2 + 1e-6) over the last dimension: what qk_l2norm does to q and k."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 

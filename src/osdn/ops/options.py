@@ -1,16 +1,27 @@
-"""What a call can choose: the preconditioner's rule and the backend; and what it does not leave to autocast."""
+"""What a call can choose, the preconditioner's rule and the backend, and a few conventions that all of it shares."""
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
+from torch import Tensor
 
 Feedback = Literal["beta_free", "beta_aware"]
 Backend = Literal["auto", "reference", "chunked", "triton"]
+
+
+def refuse(name: str, got: object, takes: str) -> NoReturn:
+    """The one form of this library's complaints."""
+    raise ValueError(f"{name}: got {got}, takes {takes}")
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of arithmetic, gates, norms and states beside x: float64 where x is, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -26,7 +37,7 @@ class Preconditioner:
     feedback: "beta_free", e_t = 1 - <d_t, k_t^2> (the paper's OSDN), or "beta_aware",
         e_t = beta_t (1 - beta_t <d_t, k_t^2>), the true hypergradient (its gated variants).
     d_min, d_max: the box, applied after every token. d_0 itself is not clipped. With unit keys and beta <= beta_max,
-        d_min >= 0 and d_max <= 2 / beta_max keep |1 - beta_t x_t| <= 1 at every token.
+        a d within [0, 2 / beta_max] keeps |1 - beta_t x_t| <= 1: d_max = 2, or 1 where beta goes up to 2.
     normalize_step: divide e_t by sum(k_t^2) + 1e-5, for keys that are not of unit length.
 
     Raises ValueError for eta < 0, d_min > d_max, an unknown feedback, or a NaN. Source: arXiv 2605.13473.
@@ -40,8 +51,8 @@ class Preconditioner:
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta: got {self.eta!r}, takes a finite float >= 0")
+            refuse("eta", repr(self.eta), "a finite float >= 0")
         if self.feedback not in get_args(Feedback):
-            raise ValueError(f"feedback: got {self.feedback!r}, takes one of {get_args(Feedback)}")
+            refuse("feedback", repr(self.feedback), f"one of {get_args(Feedback)}")
         if not self.d_min <= self.d_max:
-            raise ValueError(f"d_min, d_max: got [{self.d_min!r}, {self.d_max!r}], takes d_min <= d_max")
+            refuse("d_min, d_max", f"[{self.d_min!r}, {self.d_max!r}]", "d_min <= d_max")

@@ -4,7 +4,7 @@
     osdn::delta_scan          U = (I + A)^-1 (vb - kb S), O = scale (q S + P U), S <- Gamma S + w^T U
 
 Being opaque operators, their loops over chunks and the data-dependent token scan leave a `torch.compile` graph whole.
-Rows [M, C, ...] and waves are those of `chunked.py`: M rows, C chunk length, R = N * H states, K key dim, V value dim;
+Rows [M, C, ...] and waves are those of `chunked.py`: M rows, C chunk length, NH states, K key dim, V value dim;
 `waves` holds the number of rows of each wave, and a wave of n rows concerns the first n states.
 Derivations: docs/math.md.
 """
@@ -57,13 +57,13 @@ def precondition_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_{t+1} = clip(lambda_t d_t + eta (c1_t - c2_t <d_t, s_t>) s_t) over all rows.
 
-    s [M, C, K], c1, c2, forget (log lambda) [M, C], d [R, K] -> d as used [M, C, K], d after the last token [R, K],
+    s [M, C, K], c1, c2, forget (log lambda) [M, C], d [NH, K] -> d as used [M, C, K], d after the last token [R, K],
     and where the clip was inactive [M, C, K].
     """
     used, inside = torch.empty_like(s), torch.ones_like(s, dtype=torch.bool)
     d = d.clone()
-    for w, n in _slices(waves):
-        s_, c1_, c2_, f_ = _of_wave(w, s, c1, c2, forget)
+    for i, n in _slices(waves):
+        s_, c1_, c2_, f_ = _of_wave(i, s, c1, c2, forget)
         L, R = _solve_parts(s_, c2_, f_, eta)
         x = torch.bmm(s_, d[:n, :, None])[..., 0]
         G = None if f_ is None else f_.cumsum(1).exp()
@@ -76,9 +76,9 @@ def precondition_scan(
         else:
             after = torch.baddbmm(G[..., None] * d[:n, None], R, step)
         low, high = torch.aminmax(after)
-        if not (low >= d_min and high <= d_max):
-            _finish_by_tokens(after, inside[w], d[:n], s_, c1_, c2_, f_, eta, d_min, d_max)
-        used[w, 0], used[w, 1:] = d[:n], after[:, :-1]
+        if not (low >= d_min and high <= d_max):  # NaN too is left to the token scan
+            _finish_by_tokens(after, inside[i], d[:n], s_, c1_, c2_, f_, eta, d_min, d_max)
+        used[i, 0], used[i, 1:] = d[:n], after[:, :-1]
         d[:n] = after[:, -1]
     return used, d, inside
 
@@ -87,8 +87,8 @@ def _slices(waves: list[int]) -> list[tuple[slice, int]]:
     return [(slice(a, b), b - a) for a, b in pairwise(accumulate(waves, initial=0))]
 
 
-def _of_wave(w: slice, *rows: Any) -> Any:
-    return [None if x is None else x[w] for x in rows]
+def _of_wave(i: slice, *rows: Any) -> Any:
+    return [None if x is None else x[i] for x in rows]
 
 
 def _finish_by_tokens(
@@ -146,15 +146,16 @@ def precondition_scan_backward(
     """Gradients of s, c1, c2, forget (empty without) and d_0.
 
     With m_t the clip's mask, a_t the incoming gradient of d_t: u_t = m_t adj_{t+1}, p_t = <u_t, s_t>,
-    adj_t = a_t + lambda_t u_t - eta c2_t p_t s_t; where no clip fired, (I + L^T) p = <s, R^T a>.
+    adj_t = a_t + lambda_t u_t - eta c2_t p_t s_t; where no clip fired, (I + L^T) p = <s, U0> with
+    U0_t = sum_{j >= t} R_jt a_{j+1}, a_C being the adjoint from behind the chunk.
     """
     with no_autocast(s.device):
         lam = None if forget is None else forget.exp()
         u, p = torch.empty_like(s), torch.empty_like(c1)
         adj = grad_final.clone()
-        for w, n in reversed(_slices(waves)):
-            a, s_, c2_, f_ = _of_wave(w, grad_used, s, c2, forget)
-            if inside[w].all():
+        for i, n in reversed(_slices(waves)):
+            a, s_, c2_, f_ = _of_wave(i, grad_used, s, c2, forget)
+            if inside[i].all():
                 L, R = _solve_parts(s_, c2_, f_, eta)
                 u_ = _backward_sum(R, torch.cat([a[:, 1:], adj[:n, None]], 1))
                 h = (u_ * s_).sum(-1, keepdim=True)
@@ -162,14 +163,14 @@ def precondition_scan_backward(
                 back = (eta * c2_ * p_)[..., None] * s_
                 if u_.shape[1] > 1:
                     u_[:, :-1] -= _backward_sum(None if R is None else R[:, :-1, :-1], back[:, 1:])
-                u[w], p[w] = u_, p_
-                adj[:n] = a[:, 0] + (u_[:, 0] if lam is None else lam[w, :1] * u_[:, 0]) - back[:, 0]
+                u[i], p[i] = u_, p_
+                adj[:n] = a[:, 0] + (u_[:, 0] if lam is None else lam[i, :1] * u_[:, 0]) - back[:, 0]
             else:
                 for t in reversed(range(s.shape[1])):
-                    u_ = inside[w][:, t] * adj[:n]
+                    u_ = inside[i][:, t] * adj[:n]
                     p_ = (u_ * s_[:, t]).sum(-1)
-                    u[w, t], p[w, t] = u_, p_
-                    kept = u_ if lam is None else lam[w, t, None] * u_
+                    u[i, t], p[i, t] = u_, p_
+                    kept = u_ if lam is None else lam[i, t, None] * u_
                     adj[:n] = a[:, t] + kept - (eta * c2_[:, t] * p_)[:, None] * s_[:, t]
         x = (used * s).sum(-1)
         p = eta * p
@@ -228,7 +229,7 @@ def delta_scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chunk by chunk: U = (I + A)^-1 (vb - kb S), O = scale (q S + P U), S <- kept S + w^T U.
 
-    q, kb, w [M, C, K], vb [M, C, V], A (below the diagonal), P [M, C, C], kept [M, 1 | K], S [R, K, V]
+    q, kb, w [M, C, K], vb [M, C, V], A (below the diagonal), P [M, C, C], kept [M, 1 | K], S [NH, K, V]
     -> O [M, C, V], S after the last token, and, when `saves`, U [M, C, V] and S before each chunk [M, K, V].
     """
     M, C, K = q.shape
@@ -286,18 +287,18 @@ def delta_scan_backward(
         for i, n in reversed(_slices(waves)):
             dS_, do = dS[:n], scale * grad_o[i]
             dU = torch.baddbmm(w[i] @ dS_, P[i].mT, do)
-            dR = torch.linalg.solve_triangular(A[i].mT, dU, upper=True, unitriangular=True)
+            dB = torch.linalg.solve_triangular(A[i].mT, dU, upper=True, unitriangular=True)
             torch.bmm(U[i], dS_.mT, out=dw[i])
             torch.bmm(do, U[i].mT, out=dP[i])
             torch.bmm(do, S[i].mT, out=dq[i])
-            torch.bmm(dR, U[i].mT, out=dA[i]).neg_()
-            torch.bmm(dR, S[i].mT, out=dkb[i]).neg_()
-            dvb[i] = dR
+            torch.bmm(dB, U[i].mT, out=dA[i]).neg_()
+            torch.bmm(dB, S[i].mT, out=dkb[i]).neg_()
+            dvb[i] = dB
             if kept is not None:
                 per_channel = (dS_ * S[i]).sum(-1)
                 dkept[i] = per_channel if kept.shape[1] > 1 else per_channel.sum(-1, keepdim=True)
                 dS_ *= kept[i, :, None]
-            dS_.baddbmm_(q[i].mT, do).baddbmm_(kb[i].mT, dR, alpha=-1)
+            dS_.baddbmm_(q[i].mT, do).baddbmm_(kb[i].mT, dB, alpha=-1)
         return dq, dkb, dw, dvb, dA.mul_(below), dP, dkept, dS
 
 

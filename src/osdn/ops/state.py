@@ -11,10 +11,10 @@ from torch import Tensor
 class DeltaState:
     """Recurrent state of the online scaled delta rule, one object for decode, resume and snapshot.
 
-    S: `[N, H, K, V]` matrix memory, key dimension first (`o = S^T q`); None stands for 0.
-    d: `[N, H, K]` diagonal preconditioner before the next token; None stands for 1.
+    S: `[N, HV, K, V]` matrix memory, key dimension first (`o = S^T q`); None stands for 0.
+    d: `[N, HV, K]` diagonal preconditioner before the next token; None stands for 1.
 
-    N counts sequences (the batch, or the sequences of a packed batch), H value heads. float32, or float64 when the
+    N counts sequences (the batch, or the sequences of a packed batch), HV value heads. float32, or float64 when the
     inputs are. Both are differentiable and never modified in place.
     """
 
