@@ -74,6 +74,13 @@ def test_a_broken_readme_example_is_noticed():
         run_blocks("text\n\n```python\n1 / 0\n```\n")
 
 
+def test_the_mathematics_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "math.md").read_text()))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 10
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+
+
 # Written so that they do not match themselves.
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.~-])/([r]oot|[h]ome/\w+|[U]sers/\w+)/",

@@ -17,6 +17,14 @@ def test_help(arguments, capsys):
     assert "compare" in capsys.readouterr().out
 
 
+def test_an_out_that_is_a_file_is_one_line(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert main(["compare", "--steps", "1", "--out", str(file)]) == 2
+    assert re.fullmatch(r"osdn: \S+config.json: cannot be read \(Not a directory\)\n", capsys.readouterr().err)
+    assert file.read_text() == "kept"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import osdn
 from osdn.ops import api, dispatch, reference
@@ -48,7 +49,12 @@ def packed(bounds, T=5, dtype=torch.int64):
         ({"v": torch.randn(2, 4, 2, 3)}, r"v: got \(2, 4, 2, 3\), takes shape \[2, 5, HV, V\]"),
         ({"v": torch.randn(2, 5, 3, 3)}, "HV a multiple of 2"),
         ({"v": torch.randn(2, 5, 2, 3).double()}, "v: got torch.float64"),
-        ({"beta": None}, r"beta: got None, takes a tensor \[B, T, HV\]"),
+        ({"beta": None}, "beta: got None, takes a torch.Tensor"),
+        ({"q": None}, "q: got None, takes a torch.Tensor"),
+        ({"beta": 0.5}, "beta: got float, takes a torch.Tensor"),
+        ({"scale": torch.ones(2)}, "scale: got tensor"),
+        ({"cu_seqlens": [0, 5]}, "cu_seqlens: got list, takes a torch.Tensor"),
+        ({"initial_state": osdn.DeltaState(d=1.0)}, "initial_state.d: got float, takes a torch.Tensor or None"),
         ({"v": [[1.0]]}, "v: got list, takes a torch.Tensor"),
         ({"beta": torch.rand(2, 5)}, r"beta: got \(2, 5\), takes shape \[2, 5, 2\]"),
         ({"beta": torch.rand(2, 5, 2).double()}, "beta: got torch.float64, takes torch.float32"),
@@ -85,6 +91,9 @@ def test_refuses(changes, message):
     [
         ({"eta": -0.1}, "eta: got -0.1, takes a finite float >= 0"),
         ({"eta": math.nan}, "eta: got nan"),
+        ({"eta": torch.tensor(1.0)}, "eta: got tensor"),
+        ({"d_max": None}, "d_max: got None, takes a float"),
+        ({"normalize_step": "no"}, "normalize_step: got 'no', takes True or False"),
         ({"d_min": 1.0, "d_max": 0.5}, r"d_min, d_max: got \[1.0, 0.5\], takes d_min <= d_max"),
         ({"d_max": math.nan}, "d_min, d_max"),
         ({"feedback": "beta"}, "feedback: got 'beta', takes one of"),
@@ -207,3 +216,15 @@ def test_runs_on_the_meta_device():
     x = {n: torch.randn(2, 70, 2, 4, device="meta") for n in ("q", "k", "v")}
     o, state = call(**x, beta=torch.rand(2, 70, 2, device="meta"), output_final_state=True)
     assert (o.shape, state.S.shape, state.d.shape) == ((2, 70, 2, 4), (2, 2, 4, 4), (2, 2, 4))
+
+
+# PyTorch warns of itself when it first differentiates forward.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_is_refused_where_it_would_be_silently_zero():
+    x = {n: torch.randn(1, 5, 2, 4) for n in ("q", "k", "v")} | {"beta": torch.rand(1, 5, 2)}
+    with forward_ad.dual_level():
+        x["v"] = forward_ad.make_dual(x["v"], x["v"].clone())
+        out, tangent = forward_ad.unpack_dual(call(**x, backend="reference")[0])
+        torch.testing.assert_close(tangent, out)  # linear in v, and S_0 = 0
+        with pytest.raises(ValueError, match="'chunked' under forward-mode differentiation, takes 'reference'"):
+            call(**x, backend="chunked")

@@ -284,3 +284,24 @@ def test_compile_keeps_the_graph_whole_under_an_active_box(decay):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
     for a, b in zip(*(torch.autograd.grad([y.sum() for y in out], given_grads) for out in (eager, whole))):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_one_compiled_graph_serves_many_lengths():
+    """Whole chunks or not, and fewer tokens than a chunk: at most a graph for each, however many lengths."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def f(q, k, v, beta, d):
+        p = osdn.Preconditioner(d_max=2.0)
+        return osdn.online_scaled_delta_rule(q, k, v, beta, preconditioner=p, initial_state=osdn.DeltaState(d=d))[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=count)
+    for T in (100, 128, 131, 192, 200, 257, 300, 311, 320, 333, 345, 384):
+        x = Case(T=T).tensors(torch.float32)
+        args = [x[n] for n in ("q", "k", "v", "beta", "d")]
+        torch.testing.assert_close(compiled(*args), f(*args))
+    assert len(graphs) <= 3

@@ -31,7 +31,7 @@ class Experiment:
     seeds: int = 2
     """Runs per model. Seed i fixes initial values and data, the same for every model."""
     steps: int = 0
-    """Training steps; 0: what takes some four minutes on two cores."""
+    """Training steps; 0: what takes at most six minutes on two cores."""
     batch_size: int = 0
     """Sequences a step; 0: 32 (mqar), 16 (text)."""
     seq_len: int = 0

@@ -115,6 +115,8 @@ class Summary:
                     f"Not learned in {e.steps:,} steps (accuracy below .5): {counts}. A mean over such runs says when "
                     "a model learns rather than how much it recalls; more steps (--full) tell the two apart."
                 )
+        if e.d_max is not None and any(name.startswith(("osdn", "os-", "static", "forget")) for name in e.models):
+            lines.append(f"The box of every preconditioned model ends at {e.d_max:g} here, whatever its preset says.")
         missing = [name for name in _CONTROLS if name not in e.models]
         if missing and any(name.startswith(("osdn", "os-")) for name in e.models):
             lines.append(

@@ -43,6 +43,8 @@ def read_json(path: Path, required: set[str], warn: Warn) -> dict[str, Any] | No
             raise ValueError("fields are missing")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # what a truncated or overwritten file gives
         _set_aside(path, error, warn)
         return None

@@ -128,6 +128,8 @@ class OSDNConfig(PreTrainedConfig):
         head_shape(self.hidden_size, self.num_heads, self.head_dim, self.expand_v, self.num_v_heads)
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(self.hidden_size * self.hidden_ratio * 2 / 3 / 256)
+        if self.intermediate_size < 1:
+            refuse("intermediate_size", self.intermediate_size, "an integer >= 1, or None")
         super().__post_init__(**kwargs)
         # AutoModel finds models by the config's type, so they are registered no later than the first config exists.
         # Importing them with osdn would cost those who want the operator alone some seconds.

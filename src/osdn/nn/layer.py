@@ -158,6 +158,10 @@ class OnlineScaledDeltaNet(nn.Module):
         Raises:
             ValueError: naming the argument, what it got and what it takes.
         """
+        width = self.q_proj.in_features
+        if hidden_states.ndim != 3 or hidden_states.shape[2] != width or not hidden_states.is_floating_point():
+            got = f"{hidden_states.dtype} {tuple(hidden_states.shape)}"
+            refuse("hidden_states", got, f"a floating tensor [B, T, {width}]")
         B, T, _ = hidden_states.shape
         if attention_mask is None:
             check_packing(cu_seqlens, B, T)

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from osdn.ops.dispatch import Choice, choose
 from osdn.ops.options import Backend, Preconditioner, no_autocast, refuse, work_dtype
@@ -67,13 +68,19 @@ def online_scaled_delta_rule(
     Raises:
         ValueError: naming the argument, what it got and what it takes, before any work is done.
 
+    Differentiable once, in reverse mode; forward mode, second derivatives and torch.func need backend="reference".
+    NaN or overflow at a token may reach earlier outputs of its chunk, unless backend="reference".
+
     Warns once where beta_free feedback meets d = 1 and lambda = 1, which is the plain delta rule. Call backward outside
     autocast, as PyTorch asks: inside it, the products that autograd forms would run in low precision.
 
     Source: arXiv 2605.13473; the chunkwise form is derived in docs/math.md.
     """
-    if beta is None:
-        refuse("beta", None, "a tensor [B, T, HV]")
+    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta)):
+        if x is None:
+            refuse(name, None, "a torch.Tensor")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        refuse("scale", repr(scale), "a float, or None for K^-0.5")
     work, N = _check_call(q, k, v, beta, g, forget, preconditioner, cu_seqlens, chunk_size)
     choice = choose(q, backend)
     H, K, HV, V = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
@@ -87,6 +94,7 @@ def online_scaled_delta_rule(
     if preconditioner is not None:
         _warn_tie(preconditioner, state.d, forget)
         d = _state("initial_state.d", state.d, (N, HV, K), work, q.device, 1.0)
+    _check_differentiable(choice, q, k, v, beta, g, forget, S, d)
 
     with no_autocast(q.device):
         qw, kw = q.to(work), k.to(work)
@@ -146,6 +154,7 @@ def precondition(
     H, K = k.shape[2], k.shape[3]
     _warn_tie(preconditioner, initial_d, forget)
     d = _state("initial_d", initial_d, (N, H, K), work, k.device, 1.0)
+    _check_differentiable(choice, k, beta, forget, d)
     with no_autocast(k.device):
         beta, forget = (None if x is None else x.to(work) for x in (beta, forget))
         return choice.module.precondition(k.to(work), beta, forget, d, cu_seqlens, preconditioner)
@@ -156,8 +165,8 @@ def explain(q: Tensor, *, backend: Backend = "auto") -> Choice:
 
     `str()` of the result is one readable line. Raises ValueError as the call itself would for `backend`.
     """
-    if q.ndim != 4:
-        refuse("q", tuple(q.shape), "shape [B, T, H, K]")
+    if not isinstance(q, Tensor) or q.ndim != 4:
+        refuse("q", tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__, "a tensor [B, T, H, K]")
     return choose(q, backend)
 
 
@@ -215,6 +224,14 @@ def _check_call(
     return work_dtype(k), check_packing(cu_seqlens, B, T)
 
 
+def _check_differentiable(choice: Choice, *tensors: Tensor | None) -> None:
+    """`chunked` has no forward-mode derivative, and PyTorch would silently take it for zero."""
+    if choice.backend == "reference" or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        refuse("backend", f"{choice.backend!r} under forward-mode differentiation", "'reference' there")
+
+
 def check_packing(cu_seqlens: Tensor | None, B: int, T: int) -> int:
     """The number of sequences; refuses offsets that do not fit a batch of B rows of T tokens."""
     if cu_seqlens is None:
@@ -236,6 +253,8 @@ def _state(
 ) -> Tensor:
     if x is None:
         return torch.full(shape, default, dtype=work, device=device)
+    if not isinstance(x, Tensor):
+        refuse(name, type(x).__name__, "a torch.Tensor or None")
     if tuple(x.shape) != shape or x.dtype != work or x.device != device:
         refuse(name, f"{x.dtype} {tuple(x.shape)} on {x.device}", f"{work} {shape} on {device}")
     return x

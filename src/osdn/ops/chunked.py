@@ -26,7 +26,7 @@ class _Layout:
     T: int
     H: int
     C: int
-    waves: list[int]  # rows of wave i, heads counted
+    waves: list[int]  # rows of wave i, heads counted; a single number where all waves have as many
     token_at: Tensor | None = None  # packed: [M / H, C] token at each place, T where there is none
     place_of: Tensor | None = None  # packed: [T] place of each token
     order: Tensor | None = None  # packed: sequences by falling length, so that a wave's are the first ones
@@ -35,8 +35,8 @@ class _Layout:
     def of(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> _Layout:
         B, T, H = x.shape[:3]
         if cu_seqlens is None:
-            C = min(chunk_size, 1 << (T - 1).bit_length())
-            return _Layout(B, T, H, C, [B * H] * -(-T // C))
+            C = chunk_size if chunk_size <= T else min(chunk_size, 1 << (T - 1).bit_length())
+            return _Layout(B, T, H, C, [B * H])
         bounds = cu_seqlens.tolist()
         spans = sorted(enumerate(pairwise(bounds)), key=lambda s: s[1][0] - s[1][1])
         longest = spans[0][1][1] - spans[0][1][0]

@@ -37,7 +37,7 @@ class Choice:
 def choose(q: Tensor, backend: str) -> Choice:
     """Resolve `backend` for a call with query (or key) `q`; OSDN_BACKEND overrides "auto" alone."""
     asked, source = backend, "backend"
-    if backend == "auto" and "OSDN_BACKEND" in os.environ:
+    if backend == "auto" and os.environ.get("OSDN_BACKEND"):
         asked, source = os.environ["OSDN_BACKEND"], "OSDN_BACKEND"
     if asked not in get_args(Backend):
         raise ValueError(f"{source}: got {asked!r}, takes one of {', '.join(map(repr, get_args(Backend)))}")

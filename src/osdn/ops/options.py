@@ -40,7 +40,8 @@ class Preconditioner:
         a d within [0, 2 / beta_max] keeps |1 - beta_t x_t| <= 1: d_max = 2, or 1 where beta goes up to 2.
     normalize_step: divide e_t by sum(k_t^2) + 1e-5, for keys that are not of unit length.
 
-    Raises ValueError for eta < 0, d_min > d_max, an unknown feedback, or a NaN. Source: arXiv 2605.13473.
+    Raises ValueError for eta < 0, d_min > d_max, an unknown feedback, a NaN, or a value of another type.
+    Source: arXiv 2605.13473.
     """
 
     eta: float = 1.0
@@ -50,6 +51,11 @@ class Preconditioner:
     normalize_step: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("eta", "d_min", "d_max"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float)):
+                refuse(name, repr(value), "a float")
+        if not isinstance(self.normalize_step, bool):
+            refuse("normalize_step", repr(self.normalize_step), "True or False")
         if not 0 <= self.eta < math.inf:
             refuse("eta", repr(self.eta), "a finite float >= 0")
         if self.feedback not in get_args(Feedback):

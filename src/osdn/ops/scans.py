@@ -5,7 +5,7 @@
 
 Being opaque operators, their loops over chunks and the data-dependent token scan leave a `torch.compile` graph whole.
 Rows [M, C, ...] and waves are those of `chunked.py`: M rows, C chunk length, NH states, K key dim, V value dim;
-`waves` holds the number of rows of each wave, and a wave of n rows concerns the first n states.
+`waves` holds the number of rows of each wave, or one number for all, and a wave of n rows concerns the first n states.
 Derivations: docs/math.md.
 """
 
@@ -62,7 +62,7 @@ def precondition_scan(
     """
     used, inside = torch.empty_like(s), torch.ones_like(s, dtype=torch.bool)
     d = d.clone()
-    for i, n in _slices(waves):
+    for i, n in _slices(waves, len(s)):
         s_, c1_, c2_, f_ = _of_wave(i, s, c1, c2, forget)
         L, R = _solve_parts(s_, c2_, f_, eta)
         x = torch.bmm(s_, d[:n, :, None])[..., 0]
@@ -83,7 +83,9 @@ def precondition_scan(
     return used, d, inside
 
 
-def _slices(waves: list[int]) -> list[tuple[slice, int]]:
+def _slices(waves: list[int], M: int) -> list[tuple[slice, int]]:
+    if len(waves) == 1:  # any M, so that a compiled graph holds for any number of chunks
+        waves = waves * (M // waves[0])
     return [(slice(a, b), b - a) for a, b in pairwise(accumulate(waves, initial=0))]
 
 
@@ -153,7 +155,7 @@ def precondition_scan_backward(
         lam = None if forget is None else forget.exp()
         u, p = torch.empty_like(s), torch.empty_like(c1)
         adj = grad_final.clone()
-        for i, n in reversed(_slices(waves)):
+        for i, n in reversed(_slices(waves, len(s))):
             a, s_, c2_, f_ = _of_wave(i, grad_used, s, c2, forget)
             if inside[i].all():
                 L, R = _solve_parts(s_, c2_, f_, eta)
@@ -237,7 +239,7 @@ def delta_scan(
     o = torch.empty_like(vb)
     U_all, S_all = (vb.new_empty(shape if saves else 0) for shape in ((M, C, V), (M, K, V)))
     S = S.clone()
-    for i, n in _slices(waves):
+    for i, n in _slices(waves, len(q)):
         S_ = S[:n]
         U = torch.linalg.solve_triangular(
             A[i], torch.baddbmm(vb[i], kb[i], S_, alpha=-1), upper=False, unitriangular=True
@@ -284,7 +286,7 @@ def delta_scan_backward(
         dkept = q.new_empty(0) if kept is None else torch.empty_like(kept)
         below = A.new_ones(A.shape[1:]).tril(-1)
         dS = grad_S.clone()
-        for i, n in reversed(_slices(waves)):
+        for i, n in reversed(_slices(waves, len(q))):
             dS_, do = dS[:n], scale * grad_o[i]
             dU = torch.baddbmm(w[i] @ dS_, P[i].mT, do)
             dB = torch.linalg.solve_triangular(A[i].mT, dU, upper=True, unitriangular=True)

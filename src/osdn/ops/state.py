@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeltaState:
     """Recurrent state of the online scaled delta rule, one object for decode, resume and snapshot.
 
