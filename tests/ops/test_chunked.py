@@ -47,6 +47,8 @@ AWKWARD = [
         for lengths in ((0, 70, 1, 79, 0), (128, 64), (1, 2, 3, 63, 65), (33,))
         for decay, feedback in ((None, "beta_free"), ("scalar", "beta_aware"), ("channel", "beta_free"))
     ),
+    # A step so large that the solve overflows where the box holds d.
+    Case(T=130, eta=1e6, box=BOX, forget=True),
     # The chunk length is speed and memory, not the result.
     *(Case(T=150, decay="channel", forget=True, box=BOX, chunk_size=C) for C in (1, 8, 32, 128, 256)),
     Case(lengths=(40, 0, 90), H=1, HV=3, box=BOX, forget=True),

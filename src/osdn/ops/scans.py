@@ -28,14 +28,22 @@ def segment_sums(f: Tensor) -> Tensor:
     return x.cumsum(1).masked_fill(~ones.tril(), -torch.inf)
 
 
-def _solve_parts(s: Tensor, c2: Tensor, forget: Tensor | None, eta: float) -> tuple[Tensor, Tensor | None]:
-    """Of one wave: L with (I + L) e = c1 - c2 G s d, and R_tj = prod_{j < i <= t} lambda_i."""
-    L = (s @ s.mT).mul_((eta * c2)[..., None])
+def _products(forget: Tensor | None, s: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of one wave: R_tj = prod_{j < i <= t} lambda_i, 0 for j > t; G_t = prod_{i < t} lambda_i, None where it is 1."""
     if forget is None:
-        return L, None
-    R = segment_sums(forget).exp()
-    L[:, 1:] *= R[:, :-1]
-    return L, R
+        return s.new_ones(s.shape[1], s.shape[1]).tril().expand(len(s), -1, -1), None
+    return segment_sums(forget).exp(), torch.cat([torch.zeros_like(forget[:, :1]), forget[:, :-1]], 1).cumsum(1).exp()
+
+
+def _shifted(R: Tensor) -> Tensor:
+    """R_{t-1,j}: 0 on the diagonal."""
+    return torch.cat([torch.zeros_like(R[:, :1]), R[:, :-1]], 1)
+
+
+def _system(s: Tensor, scaled_c2: Tensor, R: Tensor | None) -> Tensor:
+    """Of one wave: L below its diagonal, with (I + L) e = c1 - c2 G s d; R shifted, None where it is 1."""
+    L = (s @ s.mT).mul_(scaled_c2[..., None])
+    return L if R is None else L.mul_(R)
 
 
 @torch.library.custom_op(
@@ -57,29 +65,35 @@ def precondition_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_{t+1} = clip(lambda_t d_t + eta (c1_t - c2_t <d_t, s_t>) s_t) over all rows.
 
-    s [M, C, K], c1, c2, forget (log lambda) [M, C], d [NH, K] -> d as used [M, C, K], d after the last token [R, K],
+    s [M, C, K], c1, c2, forget (log lambda) [M, C], d [NH, K] -> d as used [M, C, K], d after the last token [NH, K],
     and where the clip was inactive [M, C, K].
     """
     used, inside = torch.empty_like(s), torch.ones_like(s, dtype=torch.bool)
-    d = d.clone()
+    d, scaled_c2 = d.clone(), eta * c2
+    R, G = _products(None, s)
+    R = _shifted(R)
     for i, n in _slices(waves, len(s)):
-        s_, c1_, c2_, f_ = _of_wave(i, s, c1, c2, forget)
-        L, R = _solve_parts(s_, c2_, f_, eta)
-        x = torch.bmm(s_, d[:n, :, None])[..., 0]
-        G = None if f_ is None else f_.cumsum(1).exp()
+        s_, c1_, c2_, f_, scaled_ = _of_wave(i, s, c1, c2, forget, scaled_c2)
+        now = d[:n]
+        if f_ is not None:
+            R, G = _products(f_, s_)
+            R = _shifted(R)
+        x = (now[:, None] @ s_.mT)[:, 0]
         if G is not None:
-            x[:, 1:] *= G[:, :-1]
-        e = torch.linalg.solve_triangular(L, (c1_ - c2_ * x)[..., None], upper=False, unitriangular=True)
-        step = eta * e * s_
-        if R is None or G is None:
-            after = step.cumsum(1).add_(d[:n, None])
-        else:
-            after = torch.baddbmm(G[..., None] * d[:n, None], R, step)
-        low, high = torch.aminmax(after)
-        if not (low >= d_min and high <= d_max):  # NaN too is left to the token scan
-            _finish_by_tokens(after, inside[i], d[:n], s_, c1_, c2_, f_, eta, d_min, d_max)
-        used[i, 0], used[i, 1:] = d[:n], after[:, :-1]
-        d[:n] = after[:, -1]
+            x *= G
+        right = torch.addcmul(c1_, c2_, x, value=-1)[..., None]
+        L = _system(s_, scaled_, None if f_ is None else R)
+        e = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True).mul_(eta)
+        start = now[:, None] if G is None else G[..., None] * now[:, None]
+        path = torch.baddbmm(start, R[:n] * e.mT, s_, out=used[i])
+        last = path[:, -1] if f_ is None else f_[:, -1:].exp() * path[:, -1]
+        last = torch.addcmul(last, e[:, -1], s_[:, -1])
+        ends = [float(x) for part in (path, last) for x in torch.aminmax(part)]
+        if not all(d_min <= x <= d_max for x in ends):  # NaN too is left to the token scan
+            after = torch.cat([path[:, 1:], last[:, None]], 1)
+            _finish_by_tokens(after, inside[i], now, s_, c1_, c2_, f_, eta, d_min, d_max)
+            path[:, 0], path[:, 1:], last = now, after[:, :-1], after[:, -1]
+        d[:n] = last
     return used, d, inside
 
 
@@ -108,6 +122,8 @@ def _finish_by_tokens(
     """From each row's first clip on, replace the solved d_{t+1} in `after` [n, C, K] by those of the token scan."""
     out = ((after < d_min) | (after > d_max) | after.isnan()).any(-1)
     rows = out.any(-1).nonzero()[:, 0]
+    if len(rows) == 0:  # only d_0, which is not clipped, lies outside
+        return
     first = out[rows].int().argmax(-1)
     s, c1, c2 = s[rows], c1[rows], c2[rows]
     keeps = None if forget is None else forget[rows].exp()
@@ -158,13 +174,13 @@ def precondition_scan_backward(
         for i, n in reversed(_slices(waves, len(s))):
             a, s_, c2_, f_ = _of_wave(i, grad_used, s, c2, forget)
             if inside[i].all():
-                L, R = _solve_parts(s_, c2_, f_, eta)
-                u_ = _backward_sum(R, torch.cat([a[:, 1:], adj[:n, None]], 1))
+                R, _ = _products(f_, s_)
+                L = _system(s_, eta * c2_, None if f_ is None else _shifted(R))
+                u_ = R.mT @ torch.cat([a[:, 1:], adj[:n, None]], 1)
                 h = (u_ * s_).sum(-1, keepdim=True)
                 p_ = torch.linalg.solve_triangular(L.mT, h, upper=True, unitriangular=True)[..., 0]
                 back = (eta * c2_ * p_)[..., None] * s_
-                if u_.shape[1] > 1:
-                    u_[:, :-1] -= _backward_sum(None if R is None else R[:, :-1, :-1], back[:, 1:])
+                u_ -= _shifted(R).mT @ back
                 u[i], p[i] = u_, p_
                 adj[:n] = a[:, 0] + (u_[:, 0] if lam is None else lam[i, :1] * u_[:, 0]) - back[:, 0]
             else:
@@ -179,11 +195,6 @@ def precondition_scan_backward(
         ds = (eta * (c1 - c2 * x))[..., None] * u - (c2 * p)[..., None] * used
         df = s.new_empty(0) if lam is None else lam * (u * used).sum(-1)
         return ds, p, -p * x, df, adj
-
-
-def _backward_sum(R: Tensor | None, x: Tensor) -> Tensor:
-    """sum_{j >= t} R_jt x_j, R = 1 below the diagonal where there is no forgetting."""
-    return x.flip(1).cumsum(1).flip(1) if R is None else R.mT @ x
 
 
 @precondition_scan_backward.register_fake
