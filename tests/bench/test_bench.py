@@ -58,11 +58,13 @@ def test_inputs_that_do_not_exercise_the_case_are_refused():
             check_claim(case, x)
 
 
-def test_competitors_take_turns_and_the_warm_up_is_dropped():
+def test_competitors_take_turns_in_changing_order_each_behind_an_untimed_call():
     calls = []
-    samples = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, repeats=2)
-    assert "".join(calls) == "abc" + "bca" + "cab"
-    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 2, "b": 2, "c": 2}
+    samples = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, repeats=6)
+    rounds = ["".join(calls[i : i + 6]) for i in range(0, 36, 6)]
+    assert all(sorted(r) == list("aabbcc") and r[0::2] == r[1::2] for r in rounds)
+    assert len(set(rounds)) > 1
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 6, "b": 6, "c": 6}
 
 
 def test_flatness_looks_at_long_inputs_alone():

@@ -31,7 +31,7 @@ class Config:
     """Threads of torch; as many as torch takes by itself unless given."""
     quick: bool = False
     """Short lengths and three repeats, to see that it runs."""
-    repeats: int = 10
+    repeats: int = 7
     seed: int = 0
     out: Path = Path("benchmarks/results")
 
@@ -55,7 +55,7 @@ def run(config: Config, suite: Suite) -> dict[str, Any]:
         competitors = {
             (case.name, T): partial(call, case.run, x, mode) for T, x in inputs.items() for case in suite.cases
         }
-        _say(f"{mode}: {config.repeats + 1} rounds of {len(competitors)} calls")
+        _say(f"{mode}: {config.repeats} rounds of {len(competitors)} calls, twice each")
         for (name, T), raw in interleaved(competitors, config.repeats).items():
             measured.append(_entry(name, mode, "seconds", T, raw))
     for T in lengths:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -42,15 +43,20 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def interleaved(competitors: Mapping[Name, Callable[[], None]], repeats: int) -> dict[Name, list[float]]:
-    """Seconds of each competitor in each round. The first round warms up and is not kept; who begins rotates."""
+    """Seconds of each competitor in each round. Each round has its own order, and each timed call follows an untimed one.
+
+    In a fixed order a short call behind a long one pays for it in every round: threads asleep, memory returned.
+    """
     samples: dict[Name, list[float]] = {name: [] for name in competitors}
-    names = list(competitors)
-    for i in range(repeats + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    order, shuffle = list(competitors), random.Random(0).shuffle
+    for _ in range(repeats):
+        shuffle(order)
+        for name in order:
+            competitors[name]()
             start = time.perf_counter()
             competitors[name]()
             samples[name].append(time.perf_counter() - start)
-    return {name: seconds[1:] for name, seconds in samples.items()}
+    return samples
 
 
 def peak_memory(suite: str, case: str, T: int, threads: int, seed: int) -> dict[str, int]:
