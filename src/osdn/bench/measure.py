@@ -43,7 +43,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def interleaved(competitors: Mapping[Name, Callable[[], None]], repeats: int) -> dict[Name, list[float]]:
-    """Seconds of each competitor in each round. Each round has its own order, and each timed call follows an untimed one.
+    """Seconds of each competitor in each round. Rounds differ in order; each timed call follows an untimed one.
 
     In a fixed order a short call behind a long one pays for it in every round: threads asleep, memory returned.
     """
