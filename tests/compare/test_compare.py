@@ -354,6 +354,8 @@ def test_ctrl_c_in_a_shell(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests run in a shell's background, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 120
     while len(list(tmp_path.glob("a/jobs/*.pt"))) < 2 and process.poll() is None and time.monotonic() < limit:
