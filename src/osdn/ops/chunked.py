@@ -148,7 +148,7 @@ def _precondition(
 
 
 def _lower(x: Tensor) -> Tensor:
-    """[C, C] ones up to the diagonal; a product with it is several times faster than `tril` on CPU."""
+    """[C, C] ones up to the diagonal; a product with it is faster than `tril` on CPU."""
     return x.new_ones(x.shape[1], x.shape[1]).tril()
 
 
