@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: env demo test bench clean
+.PHONY: env demo test aot bench gpu-test gpu-bench clean
 
 env: $(STAMP)
 
@@ -28,8 +28,22 @@ test: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	tools/check_wheel.sh $(BIN)/python
 
+# Every kernel in every config, for GPUs that need not be here; `make test` compiles one config per kernel and decay.
+aot: env
+	$(BIN)/python -m osdn.ops.triton.aot --all --workers $(WORKERS)
+
 bench: env
 	$(BIN)/python -m osdn.bench --suite cpu
+
+# On a CUDA machine, with the interpreter it has, which needs torch, triton, transformers and pytest; no venv.
+gpu-test:
+	@$(PYTHON) -c 'import sys, torch; \
+	sys.exit(None if torch.cuda.is_available() else f"gpu-test needs a CUDA device, and torch {torch.__version__} sees none")'
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest tests/ops/test_triton.py tests/ops/test_step.py tests/ops/test_chunked.py
+
+# As above, and tyro. BENCH selects, since peers tune for minutes: make gpu-bench BENCH="--only 'osdn*' --limit 540".
+gpu-bench:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m osdn.bench --suite gpu $(BENCH)
 
 clean:
 	rm -rf .venv build dist src/osdn.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ from osdn.nn import OnlineScaledDeltaNet
 from osdn.ops.api import explain, online_scaled_delta_rule, precondition
 from osdn.ops.options import Preconditioner
 from osdn.ops.state import DeltaState
+from osdn.ops.step import online_scaled_delta_step
 
 if TYPE_CHECKING:
     from osdn.models import OSDNForCausalLM, OSDNModel
@@ -20,6 +21,7 @@ __all__ = [
     "Preconditioner",
     "explain",
     "online_scaled_delta_rule",
+    "online_scaled_delta_step",
     "precondition",
 ]
 

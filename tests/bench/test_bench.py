@@ -9,24 +9,32 @@ import torch
 
 import osdn
 from osdn.bench import __main__ as bench
-from osdn.bench.cases import SUITES, Case, RedGateError, check_claim, gate, osdn_run
-from osdn.bench.measure import interleaved, peak_memory
+from osdn.bench.cases import SUITES, Case, RedGateError, Shape, check_claim, gate, osdn_run
+from osdn.bench.measure import interleaved, peak_memory, wall_clock
 from osdn.bench.report import flatness, markdown, write
 
 CPU = SUITES["cpu"]
-TINY = dataclasses.replace(CPU, H=1, quick_tokens=(70,))
+SHAPE = Shape(1, 70, 1, 64, 64)
+TINY = dataclasses.replace(CPU, quick={"70": SHAPE}, gates=(SHAPE,))
 FREE = TINY.case("osdn")
 
 
 @pytest.mark.parametrize("case", CPU.cases, ids=lambda case: case.name)
 def test_every_case_passes_the_gate_and_keeps_its_claim(case):
-    errors = gate(TINY, case, T=70)
-    assert set(errors) == {"o", "dq", "dk", "dv", "dbeta", "dd"}
-    check_claim(case, CPU.inputs(256, 0))
+    errors = gate(TINY, case)
+    states = set() if case.function else {"S_T"} if case.preconditioner is None else {"S_T", "d_T"}
+    assert set(errors) == {"o", "dq", "dk", "dv", "dbeta", "dd"} | states
+    check_claim(case, CPU.inputs(CPU.quick["256"], 0))
 
 
 def _scaled(x):
-    return 1.001 * FREE.run(x)
+    o, *states = FREE.run(x)
+    return (1.001 * o, *states)
+
+
+def _wrong_state(x):
+    o, S, d = FREE.run(x)
+    return o, S, 1.001 * d
 
 
 def _no_gradient_of_d(x):
@@ -34,20 +42,21 @@ def _no_gradient_of_d(x):
 
 
 def _nan_with_right_gradients(x):
-    return FREE.run(x) + torch.nan
+    o, *states = FREE.run(x)
+    return (o + torch.nan, *states)
 
 
-@pytest.mark.parametrize("wrong", [osdn_run(None), _scaled, _no_gradient_of_d, _nan_with_right_gradients])
+@pytest.mark.parametrize("wrong", [osdn_run(None), _scaled, _wrong_state, _no_gradient_of_d, _nan_with_right_gradients])
 def test_gate_turns_red_on_a_wrong_implementation(wrong):
     with pytest.raises(RedGateError, match="osdn: relative error"):
-        gate(TINY, dataclasses.replace(FREE, run=wrong), T=70)
+        gate(TINY, dataclasses.replace(FREE, run=wrong))
 
 
 def test_inputs_that_do_not_exercise_the_case_are_refused():
     def with_rule(claim, **rule):
         return Case("x", FREE.run, osdn.Preconditioner(**rule), claim)
 
-    x = TINY.inputs(256, 0)
+    x = TINY.inputs(Shape(1, 256, 1, 64, 64), 0)
     check_claim(with_rule(1.0, d_min=0.9, d_max=1.1, feedback="beta_aware"), x)
     for case in (
         with_rule(1.0),  # no clip fires
@@ -60,7 +69,8 @@ def test_inputs_that_do_not_exercise_the_case_are_refused():
 
 def test_competitors_take_turns_in_changing_order_each_behind_an_untimed_call():
     calls = []
-    samples = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, repeats=6)
+    competitors = {name: lambda name=name: calls.append(name) for name in "abc"}
+    samples = interleaved(competitors, 6, wall_clock)
     rounds = ["".join(calls[i : i + 6]) for i in range(0, 36, 6)]
     assert all(sorted(r) == list("aabbcc") and r[0::2] == r[1::2] for r in rounds)
     assert len(set(rounds)) > 1
@@ -74,12 +84,12 @@ def test_flatness_looks_at_long_inputs_alone():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_that_of_the_call():
-    peaks = peak_memory("cpu", "osdn, preconditioner=None", 1024, 1, 0)
-    tensor = 4 * 1024 * CPU.H * CPU.V
+    peaks = peak_memory("cpu", "osdn, preconditioner=None", "1024", 1, 0)
+    tensor = 4 * 1024 * 8 * 64
     # At least o and one copy each of q, k and v; far below what the interpreter and torch occupy.
     assert 4 * tensor < peaks["forward"] < peaks["forward+backward"] < 50 * tensor
     with pytest.raises(RuntimeError, match="'no such case' at T = 1024"):
-        peak_memory("cpu", "no such case", 1024, 1, 0)
+        peak_memory("cpu", "no such case", "1024", 1, 0)
 
 
 @pytest.fixture
@@ -104,6 +114,7 @@ def test_a_run_leaves_json_and_table_and_overwrites_nothing(run_main, tmp_path, 
     assert result["config"] == {"suite": "cpu", "threads": None, "quick": True, "repeats": 2, "seed": 0}
     assert result["peer"]["qualname"] == "torch_chunk_gated_delta_rule"
     assert result["peer"]["module"].startswith("transformers.models.qwen3_next")
+    assert result["shape"] == {"B": 1, "H": 1, "K": 64, "V": 64, "dtype": "torch.float32"}
     assert set(result["gate"]) == set(result["cases"]) == {case.name for case in TINY.cases}
     seconds = [x for x in result["measured"] if x["what"] == "seconds"]
     assert len(seconds) == 2 * len(TINY.cases)

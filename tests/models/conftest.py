@@ -18,7 +18,7 @@ MODELS = {
 @pytest.fixture
 def make_model():
     def make(name="apf", double=True, **overrides):
-        preset, options = MODELS[name]
+        preset, options = MODELS.get(name, (name, {}))
         torch.manual_seed(0)
         size = {"vocab_size": 53, "hidden_size": 24, "num_heads": 2, "head_dim": 12, "intermediate_size": 32}
         config = osdn.OSDNConfig.preset(f"{preset}-tiny", **{**size, **options, **overrides})

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from osdn.models import OSDNCache
+from osdn.models.configuration import _MIXERS
+from osdn.ops.step import online_scaled_delta_step
 
 NAMES = ["deltanet", "apf", "osdn", "os-gdn", "os-kda"]
 EXACT = {"rtol": 1e-9, "atol": 1e-10}  # float64; sums run in another order
@@ -36,6 +38,23 @@ def test_any_cache_continues_as_one_pass(name, make_model, tokens, assert_d_move
         for cache in caches(model.config):
             torch.testing.assert_close(in_pieces(model, tokens, [3, 1, 1, 6, 2], cache), whole.logits, **EXACT)
             assert_d_moved(model, cache)
+
+
+@pytest.mark.parametrize("name", _MIXERS)
+def test_every_preset_decodes_by_steps_as_in_one_pass(name, make_model, tokens, monkeypatch):
+    model, steps = make_model(name, double=False), []
+
+    def spy(*args, **kwargs):
+        steps.append(args)
+        return online_scaled_delta_step(*args, **kwargs)
+
+    monkeypatch.setattr("osdn.nn.layer.online_scaled_delta_step", spy)
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        pieces = in_pieces(model, tokens, [8, 1, 1, 1, 1, 1], OSDNCache(model.config))
+    # float32; through both layers, whose sums run in another order.
+    assert (pieces - whole).norm() / whole.norm() < 1e-5
+    assert len(steps) == 5 * model.config.num_hidden_layers
 
 
 def test_any_split_and_any_padding(make_model):

@@ -37,12 +37,15 @@ class Case:
     box: tuple[float, float] = (0.0, math.inf)
     normalize_step: bool = False
     eta: float = 4.0
+    plain: bool = False  # no preconditioner: d == 1
     qk_l2norm: bool = False
     chunk_size: int = 64
     seed: int = 0
 
     @property
-    def preconditioner(self) -> osdn.Preconditioner:
+    def preconditioner(self) -> osdn.Preconditioner | None:
+        if self.plain:
+            return None
         return osdn.Preconditioner(self.eta, self.feedback, *self.box, normalize_step=self.normalize_step)
 
     @property
@@ -73,7 +76,7 @@ class Case:
             "g": None,
             "forget": -(0.2 * rand(B, T, HV) ** 2).to(work) if self.forget else None,
             "S": randn(N, HV, K, V).to(work),
-            "d": (0.2 + 1.8 * rand(N, HV, K)).to(work),
+            "d": None if self.plain else (0.2 + 1.8 * rand(N, HV, K)).to(work),
         }
         if self.decay is not None:
             # Mostly mild, now and then a nearly complete wipe.
@@ -87,7 +90,7 @@ class Case:
 
     def _assert_discriminating(self, x: dict[str, Tensor | None]) -> None:
         T = max(self.lengths) if self.lengths else self.T
-        if T < 12 or self.eta == 0:
+        if T < 12 or self.eta == 0 or self.plain:
             return
         k, beta = x["k"].double(), x["beta"].double()
         if self.qk_l2norm:
@@ -113,14 +116,14 @@ def run(case: Case, x: dict[str, Tensor | None], backend: str, grads: bool = Tru
         g=leaves.get("g"),
         forget=leaves.get("forget"),
         preconditioner=case.preconditioner,
-        initial_state=osdn.DeltaState(leaves["S"], leaves["d"]),
+        initial_state=osdn.DeltaState(leaves["S"], leaves.get("d")),
         output_final_state=True,
         qk_l2norm=case.qk_l2norm,
         cu_seqlens=case.cu_seqlens,
         chunk_size=case.chunk_size,
         backend=backend,
     )
-    out = dict(zip(OUTPUTS, (o, state.S, state.d)))
+    out = {n: y for n, y in zip(OUTPUTS, (o, state.S, state.d)) if y is not None}
     if grads:
         gen = torch.Generator().manual_seed(1)
         loss = sum((y * torch.randn(y.shape, generator=gen, dtype=torch.float64).to(y)).sum() for y in out.values())

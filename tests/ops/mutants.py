@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import osdn
 from osdn.ops import chunked, reference, scans
 
 _serial = itertools.count()
@@ -110,4 +113,97 @@ MUTANTS = {
         "                dS_ *= kept[i, :, None]\n            dS_",
         "            dS_",
     ),
+}
+
+
+def mutate_kernels(name: str | None, folder: Path) -> ModuleType:
+    """The Triton backend in a copy of its package with that one edit, which all kernels that share the line share."""
+    package = f"kernels_mutant_{next(_serial)}"
+    shutil.copytree(Path(osdn.__file__).parent / "ops" / "triton", folder / package)
+    for path in (folder / package).glob("*.py"):
+        source = path.read_text().replace("osdn.ops.triton", package).replace('"osdn::', f'"{package}::')
+        if name is not None and path.stem == KERNEL_MUTANTS[name][0]:
+            _, old, new = KERNEL_MUTANTS[name]
+            assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {path.name}"
+            source = source.replace(old, new)
+        path.write_text(source)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(f"{package}.function")
+    finally:
+        sys.path.remove(str(folder))
+
+
+# Of the Triton kernels, by file; caught by the definition.
+KERNEL_MUTANTS = {
+    "read with the write key": ("delta", "A = tl.dot(kr, wt,", "A = tl.dot(wn.to(DT), wt,"),
+    "write with the read key": ("delta", "wn = D * kn", "wn = kn"),
+    "residual on the undecayed state": ("delta", "fk *= upto", "fk *= 1.0"),
+    "state undecayed": ("delta", " S *= kept", " S *= 1.0"),
+    "state of a channel undecayed": (
+        "delta",
+        " S *= tl.load(decay + cell * K + i, i < K, 0.0)[:, None]",
+        " S *= 1.0",
+    ),
+    "output misses its own write": ("delta", "below(PP, C, True)", "below(PP, C, False)"),
+    "decay of a write includes its own token": ("delta", "at = ((first + r + 1) * HV", "at = ((first + r) * HV"),
+    "adjoint of the state undecayed": ("delta", "dS *= kept", "dS *= 1.0"),
+    "adjoint of the read without beta": ("delta", "(dBc * (b * fk)[:, None])", "(dBc * fk[:, None])"),
+    "adjoint of the own write dropped": ("delta", "dP = below(dP, C, True)", "dP = below(dP, C, False)"),
+    "cotangent of the final state dropped": ("delta", "dS = tl.load(dS_end", "dS = 0.0 * tl.load(dS_end"),
+    "gradient of the decay without the write": (
+        "delta",
+        "dg_row += along_q + b * along_k - along_w",
+        "dg_row += along_q + b * along_k",
+    ),
+    "d shifted by one": ("precondition", "below(W, C, False)", "below(W, C, True)"),
+    "d shifted by one where clips fire": (
+        "precondition",
+        "        D = tl.where(r[:, None] == j, d[None, :], D)",
+        "        D = tl.where(r[:, None] == j + 1, d[None, :], D)",
+    ),
+    "lambda dropped": ("precondition", "new = kept * d + tl.sum(", "new = d + tl.sum("),
+    "lambda dropped where clips fire": (
+        "precondition",
+        "raw_t += tl.exp(one(forget, t, end, h, HV)) * new",
+        "raw_t += new",
+    ),
+    "first token sees lambda": (
+        "precondition",
+        "G = tl.exp(tl.cumsum(per_token_before(",
+        "G = tl.exp(tl.cumsum(per_token(",
+    ),
+    "aware feedback without the inner beta": ("precondition", "c2 = b * b", "c2 = b"),
+    "no box": ("precondition", ".to(tl.int32), 0) > 0", ".to(tl.int32), 0) >= 0"),
+    "clip at chunk ends only": (
+        "precondition",
+        "        if WALK:\n            if not safe:",
+        "        new = clip(new, d_min, d_max)\n        safe = new[None, :].shape[0] == 1\n"
+        "        if WALK:\n            if not safe:",
+    ),
+    "adjoint of d without the feedback": (
+        "precondition",
+        "new = rest + kept * adj - tl.sum(xx * (eta * c2 * ps)[:, None], 0)",
+        "new = rest + kept * adj",
+    ),
+    "adjoint of d without lambda": ("precondition", "new = rest + kept * adj", "new = rest + adj"),
+    "clip passes its gradient": ("precondition", "(((inside >> v) & 1) == 1, new, 0.0)", "(sq >= 0, new, 0.0)"),
+    "adjoint of d without lambda where clips fire": (
+        "precondition",
+        "through *= tl.exp(one(forget, t, end, h, HV))",
+        "through *= 1.0",
+    ),
+    "segments on the way back by the map itself": (
+        "shared",
+        "at = i[None, :] * K + r[:, None]",
+        "at = r[:, None] * K + i[None, :]",
+    ),
+    "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
+    "segment with a clip passed on": (
+        "precondition",
+        "m = tl.where(stop < tl.minimum",
+        "m = tl.where(stop < 0 * tl.minimum",
+    ),
+    "gradient without the feedback's x": ("precondition", "dc2 = -ps * tl.sum(D * s, 1)", "dc2 = 0.0 * ps"),
+    "gradient of lambda, not of its logarithm": ("precondition", "tl.sum(U * D, 1) * lam", "tl.sum(U * D, 1)"),
 }

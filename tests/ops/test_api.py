@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
 
 import pytest
@@ -56,6 +57,7 @@ def packed(bounds, T=5, dtype=torch.int64):
         ({"cu_seqlens": [0, 5]}, "cu_seqlens: got list, takes a torch.Tensor"),
         ({"initial_state": osdn.DeltaState(d=1.0)}, "initial_state.d: got float, takes a torch.Tensor or None"),
         ({"v": [[1.0]]}, "v: got list, takes a torch.Tensor"),
+        ({"v": torch.randn(2, 5, 2, 3, device="meta")}, "v: got meta, takes the device of k, cpu"),
         ({"beta": torch.rand(2, 5)}, r"beta: got \(2, 5\), takes shape \[2, 5, 2\]"),
         ({"beta": torch.rand(2, 5, 2).double()}, "beta: got torch.float64, takes torch.float32"),
         ({"g": torch.zeros(2, 5, 2, 3)}, r"g: got .* takes shape \[2, 5, 2\] or shape \[2, 5, 2, 4\]"),
@@ -69,7 +71,7 @@ def packed(bounds, T=5, dtype=torch.int64):
         ({"initial_state": osdn.DeltaState(d=torch.ones(2, 2, 4)), "preconditioner": None}, "initial_state.d: got a"),
         ({"chunk_size": 48}, "chunk_size: got 48, takes a power of two"),
         ({"backend": "cuda"}, "backend: got 'cuda', takes one of 'auto', 'reference', 'chunked', 'triton'"),
-        ({"backend": "triton"}, "backend: 'triton' is not available, .* use 'chunked'"),
+        ({"backend": "triton"}, "backend: 'triton' is not available, since .*; 'chunked' runs wherever PyTorch does"),
         ({"beta": torch.rand(2, 5, 2, device="meta")}, "beta: got meta, takes the device of k, cpu"),
         (packed([0, 5]) | {"q": torch.randn(2, 5, 2, 4)}, "q: got"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: got B = 2, takes a packed batch, B = 1"),
@@ -209,6 +211,26 @@ def test_dispatch_and_explain(monkeypatch, caplog):
     monkeypatch.setenv("OSDN_BACKEND", "fast")
     with pytest.raises(ValueError, match="OSDN_BACKEND: got 'fast', takes one of"):
         osdn.explain(q)
+
+
+@pytest.mark.parametrize(
+    ("installed", "q", "why"),
+    [
+        (False, torch.ones(1, 3, 1, 4), r"the package triton is not installed \(pip install triton\)"),
+        (True, torch.ones(1, 3, 1, 4), "the tensors are on cpu and its kernels run on GPUs"),
+        (True, torch.ones(1, 3, 1, 4, dtype=torch.float64), "the inputs are float64"),
+        (True, torch.ones(1, 3, 1, 300), "K = 300"),
+    ],
+)
+def test_why_there_are_no_kernels(installed, q, why, monkeypatch):
+    """The reason for another backend, or of the refusal where kernels are asked for."""
+    monkeypatch.setattr(dispatch, "_INSTALLED", installed)
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: not why.endswith("GPUs"))
+    choice = osdn.explain(q)
+    assert choice.backend == "chunked"
+    assert re.search(why, choice.reason)
+    with pytest.raises(ValueError, match=f"^backend: 'triton' is not available, since .*{why}.*; 'chunked' runs"):
+        osdn.explain(q, backend="triton")
 
 
 def test_runs_on_the_meta_device():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
+import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,38 +16,43 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from osdn.bench import bars, gpu
 from osdn.bench.cases import SUITES, RedGateError, Suite, check_claim, gate, qwen3_next
-from osdn.bench.measure import MODES, call, interleaved, peak_memory
-from osdn.bench.report import markdown, write
+from osdn.bench.measure import MODES, call, interleaved, peak_memory, wall_clock
+from osdn.bench.report import add, markdown, write
 from osdn.compare.provenance import provenance
 
 
 @dataclass(frozen=True)
 class Config:
-    """Measure speed and memory beside transformers' chunked gated delta rule, behind a correctness gate."""
+    """Measure speed and memory, behind a correctness gate.
 
-    suite: Literal["cpu"] = "cpu"
+    cpu: beside transformers' chunked gated delta rule. gpu: beside the kernels of flash-linear-attention and FlashQLA,
+    where they import; runs of one device and day go into one file."""
+
+    suite: Literal["cpu", "gpu"] = "cpu"
     threads: int | None = None
     """Threads of torch; as many as torch takes by itself unless given."""
     quick: bool = False
     """Short lengths and three repeats, to see that it runs."""
-    repeats: int = 7
+    repeats: int | None = None
+    """7 on the CPU, 30 on a GPU."""
     seed: int = 0
     out: Path = Path("benchmarks/results")
+    selection: tyro.conf.OmitArgPrefixes[gpu.Selection] = field(default_factory=gpu.Selection)
+    merge: tuple[Path, ...] = ()
+    """Measure nothing: put the runs of these results of the GPU suite into one, and print its bars."""
 
 
 def run(config: Config, suite: Suite) -> dict[str, Any]:
-    """Everything that is measured; raises RedGateError, before any clock runs, where an implementation is wrong."""
+    """All that is measured on the CPU; RedGateError, before any clock runs, where an implementation is wrong."""
     load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if config.quick:
-        config = dataclasses.replace(config, repeats=min(config.repeats, 3))
-    lengths = suite.quick_tokens if config.quick else suite.tokens
+    shapes = suite.quick if config.quick else suite.shapes
+    repeats = _repeats(config, suite)
     errors = {case.name: gate(suite, case, seed=config.seed) for case in suite.cases}
     claims: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
-    inputs = {T: suite.inputs(T, config.seed) for T in lengths}
+    inputs = {shape.T: suite.inputs(shape, config.seed) for shape in shapes.values()}
     for T, x in inputs.items():
         claims += ({"case": case.name, "tokens": T, **check_claim(case, x)} for case in suite.cases)
     for mode in MODES:
@@ -55,27 +60,37 @@ def run(config: Config, suite: Suite) -> dict[str, Any]:
         competitors = {
             (case.name, T): partial(call, case.run, x, mode) for T, x in inputs.items() for case in suite.cases
         }
-        _say(f"{mode}: {config.repeats} rounds of {len(competitors)} calls, twice each")
-        for (name, T), raw in interleaved(competitors, config.repeats).items():
+        _say(f"{mode}: {repeats} rounds of {len(competitors)} calls, twice each")
+        for (name, T), raw in interleaved(competitors, repeats, wall_clock).items():
             measured.append(_entry(name, mode, "seconds", T, raw))
-    for T in lengths:
+    for length, shape in shapes.items():
         for case in suite.cases:
-            _say(f"memory of {case.name} at T = {T}")
-            peaks = peak_memory(config.suite, case.name, T, torch.get_num_threads(), config.seed)
-            measured += (_entry(case.name, mode, "bytes", T, [peak]) for mode, peak in peaks.items())
+            _say(f"memory of {case.name} at T = {length}")
+            peaks = peak_memory(config.suite, case.name, length, torch.get_num_threads(), config.seed)
+            measured += (_entry(case.name, mode, "bytes", shape.T, [peak]) for mode, peak in peaks.items())
     return {
         **provenance(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_before": load,
-        "config": {name: value for name, value in vars(config).items() if name != "out"},
-        "shape": {"B": suite.B, "H": suite.H, "K": suite.K, "V": suite.V, "dtype": str(suite.dtype)},
-        "tokens": list(lengths),
+        "config": {name: getattr(config, name) for name in ("suite", "threads", "quick", "seed")}
+        | {"repeats": repeats},
+        "shape": {n: x for n, x in vars(shape).items() if n in "BHKV"} | {"dtype": str(suite.dtype)},
+        "tokens": list(inputs),
         "cases": {case.name: repr(case.preconditioner) for case in suite.cases},
-        "peer": {"case": suite.peer, "module": qwen3_next().__module__, "qualname": qwen3_next().__qualname__},
+        "peer": {
+            "case": suite.peer.name,
+            "module": qwen3_next().__module__,
+            "qualname": qwen3_next().__qualname__,
+        },
         "gate": errors,
         "claims": claims,
         "measured": measured,
     }
+
+
+def _repeats(config: Config, suite: Suite) -> int:
+    repeats = config.repeats or suite.repeats
+    return min(repeats, 3) if config.quick else repeats
 
 
 def _entry(case: str, mode: str, what: str, T: int, raw: Sequence[float]) -> dict[str, Any]:
@@ -86,16 +101,48 @@ def _say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """Measure as the command line says, print the table, write the files."""
-    config = tyro.cli(Config)
+def _cpu(config: Config, suite: Suite) -> None:
     try:
-        result = run(config, SUITES[config.suite])
+        result = run(config, suite)
     except RedGateError as error:
         sys.exit(f"red gate, no speed is reported: {error}")
     table = markdown(result)
     print(table)
     print(f"wrote {write(result, table, config.out)} and the table beside it")
+
+
+def _gpu(config: Config, suite: Suite) -> None:
+    """The file is written after every entry: a command that is stopped has not measured for nothing."""
+    if config.merge:
+        runs = [run for path in config.merge for run in json.loads(path.read_text())["runs"]]
+        path, result = add(runs, config.out)
+    else:
+        repeats, runs = _repeats(config, suite), []
+        for so_far in gpu.run(suite, config.selection, repeats=repeats, seed=config.seed, quick=config.quick):
+            runs = [so_far]
+            path, result = add(runs, config.out)
+    path.with_suffix(".md").write_text(bars.markdown(result))
+    print(bars.verdicts(result))
+    print(f"wrote {path}, and all tables beside it")
+    if red := [name for run in runs for name in run["red"]]:
+        sys.exit(f"red gate, no times are reported of: {'; '.join(red)}")
+
+
+def main() -> None:
+    """Measure as the command line says, print the table, write the files."""
+    config = tyro.cli(Config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        if config.suite == "gpu" or config.merge:
+            _gpu(config, SUITES["gpu"])
+        elif config.selection != gpu.Selection():
+            raise ValueError("--shapes, --decays, --only, --limit, --peer-limit and --commit belong to --suite gpu")
+        else:
+            _cpu(config, SUITES["cpu"])
+    except ValueError as error:
+        print(f"osdn.bench: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

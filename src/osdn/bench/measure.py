@@ -1,9 +1,9 @@
-"""The clock and the memory.
+"""The clock and the memory of the CPU, and how calls take turns on any device.
 
 Time: wall clock of whole calls; cases and lengths take turns within each round, so that a slow minute of the machine
 hits all of them alike, and the median over rounds is reported. Every sample is kept.
 
-Memory: `python -m osdn.bench.measure SUITE CASE T THREADS SEED` is run as a child process for each case and length,
+Memory: `python -m osdn.bench.measure SUITE CASE SHAPE THREADS SEED` is run as a child process for each case and length,
 and prints how far its resident set rose above what it was just before the call. Neither competitor can then reuse
 what another left behind. The kernel's high-water mark is reset before each call (`getrusage` cannot do that: there
 the peak of the imports would hide the call's), and the child's malloc gives every block above 64 KiB back at once
@@ -31,51 +31,61 @@ MODES = ("forward", "forward+backward")
 
 
 def call(run: Run, x: Inputs, mode: str) -> None:
-    """One call: without a graph, or with the gradients of all leaves."""
-    if mode == "forward":
+    """One call: without a graph, or with the gradients of all leaves from that of o."""
+    if mode == "forward+backward":
+        torch.autograd.grad(run(x)[0], list(x.leaves().values()), x.do, allow_unused=True)
+    else:
         with torch.no_grad():
             run(x)
-    else:
-        torch.autograd.grad(run(x), list(x.leaves().values()), x.do, allow_unused=True)
 
 
+Call = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
+Sample = TypeVar("Sample")
 
 
-def interleaved(competitors: Mapping[Name, Callable[[], None]], repeats: int) -> dict[Name, list[float]]:
-    """Seconds of each competitor in each round. Rounds differ in order; each timed call follows an untimed one.
+def wall_clock(call: Call) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    competitors: Mapping[Name, Call], repeats: int, clock: Callable[[Call], Sample]
+) -> dict[Name, list[Sample]]:
+    """What `clock` says of each in each round. Rounds differ in order; each timed call follows an untimed one.
 
     In a fixed order a short call behind a long one pays for it in every round: threads asleep, memory returned.
     """
-    samples: dict[Name, list[float]] = {name: [] for name in competitors}
+    samples: dict[Name, list[Sample]] = {name: [] for name in competitors}
     order, shuffle = list(competitors), random.Random(0).shuffle
     for _ in range(repeats):
         shuffle(order)
         for name in order:
             competitors[name]()
-            start = time.perf_counter()
-            competitors[name]()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(clock(competitors[name]))
     return samples
 
 
-def peak_memory(suite: str, case: str, T: int, threads: int, seed: int) -> dict[str, int]:
+def peak_memory(suite: str, case: str, shape: str, threads: int, seed: int) -> dict[str, int]:
     """Extra bytes of resident memory by mode, measured in a child process; empty off Linux."""
     if sys.platform != "linux":
         return {}
-    command = [sys.executable, "-m", "osdn.bench.measure", suite, case, str(T), str(threads), str(seed)]
+    command = [sys.executable, "-m", "osdn.bench.measure", suite, case, shape, str(threads), str(seed)]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     child = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if child.returncode:
-        raise RuntimeError(f"the memory measurement of {case!r} at T = {T} failed:\n{child.stderr}")
+        raise RuntimeError(f"the memory measurement of {case!r} at T = {shape} failed:\n{child.stderr}")
     result: dict[str, int] = json.loads(child.stdout)
     return result
 
 
-def _measure_here(suite: str, case: str, T: int, threads: int, seed: int) -> dict[str, int]:
+def _measure_here(name: str, case: str, shape: str, threads: int, seed: int) -> dict[str, int]:
     torch.set_num_threads(threads)
-    run = SUITES[suite].case(case).run
-    warm, x = SUITES[suite].inputs(128, seed), SUITES[suite].inputs(T, seed)
+    suite = SUITES[name]
+    run, shapes = suite.case(case).run, {**suite.shapes, **suite.quick}
+    warm, x = suite.inputs(shapes["128"], seed), suite.inputs(shapes[shape], seed)
     peaks = {}
     for mode in MODES:
         call(run, warm, mode)
@@ -92,5 +102,5 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    name, case, T, threads, seed = sys.argv[1:]
-    print(json.dumps(_measure_here(name, case, int(T), int(threads), int(seed))))
+    name, case, shape, threads, seed = sys.argv[1:]
+    print(json.dumps(_measure_here(name, case, shape, int(threads), int(seed))))

@@ -22,6 +22,7 @@ from osdn.nn.packing import find_packing
 from osdn.ops.api import check_packing, online_scaled_delta_rule
 from osdn.ops.options import Backend, no_autocast, refuse, work_dtype
 from osdn.ops.state import DeltaState
+from osdn.ops.step import online_scaled_delta_step
 
 StateDecay = Literal["none", "scalar", "channel"]
 OutputGate = Literal["none", "silu", "sigmoid_lowrank"]
@@ -152,7 +153,8 @@ class OnlineScaledDeltaNet(nn.Module):
                 last T columns count.
             past_key_values: a `transformers.Cache` of linear-attention layers, e.g. `DynamicCache(config=...)`,
                 continued from and written in place: the conv state `[N, 2HK + HV V, W]` (q, k, v) and S
-                `[N, HV, K, V]` at state 0, d `[N, HV, K]` at state 1; S and d in the work dtype.
+                `[N, HV, K, V]` at state 0, d `[N, HV, K]` at state 1; S and d in the work dtype. Where it is filled, a
+                single token without gradients and padding is one `osdn.online_scaled_delta_step`.
             cu_seqlens: `[N + 1]` offsets of N sequences packed into B = 1; not with `attention_mask`.
 
         Raises:
@@ -164,7 +166,7 @@ class OnlineScaledDeltaNet(nn.Module):
             refuse("hidden_states", got, f"a floating tensor [B, T, {width}]")
         B, T, _ = hidden_states.shape
         if attention_mask is None:
-            check_packing(cu_seqlens, B, T)
+            check_packing(cu_seqlens, hidden_states)
             return self._mix(hidden_states, past_key_values, cu_seqlens)
         if cu_seqlens is not None:
             refuse("attention_mask", "a mask beside cu_seqlens", "None with packed sequences")
@@ -178,26 +180,38 @@ class OnlineScaledDeltaNet(nn.Module):
     def _mix(self, x: Tensor, cache: Any | None, cu_seqlens: Tensor | None) -> Tensor:
         work = work_dtype(x)
         conv_state, state = self._read(cache, x, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+        # Decoding: S and d are the cache's own tensors and may be updated where they are.
+        steps = conv_state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
         weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         qkv, conv_state = causal_conv1d(qkv, weight, conv_state, cu_seqlens)
         q, k, v = F.silu(qkv).split([self.H * self.K, self.H * self.K, self.HV * self.V], -1)
+        q, k = q.unflatten(-1, (self.H, self.K)), k.unflatten(-1, (self.H, self.K))
+        v = v.unflatten(-1, (self.HV, self.V))
         beta = torch.sigmoid(self.b_proj(x).to(work))
-        o, final = online_scaled_delta_rule(
-            q.unflatten(-1, (self.H, self.K)),
-            k.unflatten(-1, (self.H, self.K)),
-            v.unflatten(-1, (self.HV, self.V)),
-            2 * beta if self.allow_neg_eigval else beta,
-            g=self._log_decay(x),
-            forget=self.forget_proj(x) if hasattr(self, "forget_proj") else None,
-            preconditioner=None if self.preconditioner is None else self.preconditioner.rule(),
-            initial_state=state,
-            output_final_state=cache is not None,
-            cu_seqlens=cu_seqlens,
-            backend=self.backend,
-        )
-        if final is not None:
-            self._write(cache, conv_state, final)
+        beta = 2 * beta if self.allow_neg_eigval else beta
+        g, forget = self._log_decay(x), self.forget_proj(x) if hasattr(self, "forget_proj") else None
+        rule = None if self.preconditioner is None else self.preconditioner.rule()
+        if steps:
+            q, k, v, beta = (y[:, 0] for y in (q, k, v, beta))
+            g, forget = (None if y is None else y[:, 0] for y in (g, forget))
+            o = online_scaled_delta_step(
+                *(q, k, v, beta, state), g=g, forget=forget, preconditioner=rule, backend=self.backend
+            )
+            o = o[:, None]
+        else:
+            o, final = online_scaled_delta_rule(
+                *(q, k, v, beta),
+                g=g,
+                forget=forget,
+                preconditioner=rule,
+                initial_state=state,
+                output_final_state=cache is not None,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+            )
+        if cache is not None:
+            self._write(cache, conv_state, None if steps else final)
         gate = None
         if self.output_gate != "none":
             gate = self.g_proj(x).to(work)
@@ -234,13 +248,15 @@ class OnlineScaledDeltaNet(nn.Module):
             d = torch.full((self.HV, self.K), p.d_init, dtype=work, device=x.device)
         return None, DeltaState(d=d.expand(N, -1, -1))
 
-    def _write(self, cache: Any, conv_state: Tensor, state: DeltaState) -> None:
+    def _write(self, cache: Any, conv_state: Tensor, state: DeltaState | None) -> None:
+        """None: S and d have been updated in place."""
         # conv_state holds all W columns, so that it replaces what the cache holds, whether that appends or not.
         cache.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=conv_state.shape[-1])
-        cache.update_recurrent_state(state.S, self.layer_idx)
-        if state.d is not None:
-            cache.update_recurrent_state(state.d, self.layer_idx, state_idx=1)
-            cache.layers[self.layer_idx].has_previous_state[1] = True
+        for i, y in enumerate((state.S, state.d) if state is not None else ()):
+            if y is not None:
+                # The cache makes its tensors in the image of the first ones; a step takes contiguous ones.
+                cache.update_recurrent_state(y.contiguous(), self.layer_idx, state_idx=i)
+                cache.layers[self.layer_idx].has_previous_state[i] = True
 
     def _cache_layer(self, cache: Any, N: int) -> Any:
         i = self.layer_idx

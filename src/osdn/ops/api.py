@@ -76,46 +76,35 @@ def online_scaled_delta_rule(
 
     Source: arXiv 2605.13473; the chunkwise form is derived in docs/math.md.
     """
-    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta)):
-        if x is None:
-            refuse(name, None, "a torch.Tensor")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        refuse("scale", repr(scale), "a float, or None for K^-0.5")
-    work, N = _check_call(q, k, v, beta, g, forget, preconditioner, cu_seqlens, chunk_size)
+    refuse_none(q=q, k=k, v=v, beta=beta)
+    work = check_inputs(q, k, v, beta, g, forget, preconditioner)
+    scale, N = check_scale(scale, k), check_packing(cu_seqlens, k)
+    if chunk_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        refuse("chunk_size", chunk_size, "a power of two from 1 to 256")
     choice = choose(q, backend)
     H, K, HV, V = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     state = initial_state if initial_state is not None else DeltaState()
-    if not isinstance(state, DeltaState):
-        refuse("initial_state", type(initial_state).__name__, "an osdn.DeltaState or None")
-    if preconditioner is None and state.d is not None:
-        refuse("initial_state.d", "a tensor", "None where preconditioner is None (d == 1)")
-    S = _state("initial_state.S", state.S, (N, HV, K, V), work, q.device, 0.0)
-    d = None
+    check_state("initial_state", state, N, k, v, preconditioner)
+    S, d = state.S, state.d
+    if S is None and choice.backend != "triton":
+        S = q.new_zeros(N, HV, K, V, dtype=work)
     if preconditioner is not None:
-        _warn_tie(preconditioner, state.d, forget)
-        d = _state("initial_state.d", state.d, (N, HV, K), work, q.device, 1.0)
+        _warn_tie(preconditioner, d, forget)
+        d = q.new_ones(N, HV, K, dtype=work) if d is None else d
     _check_differentiable(choice, q, k, v, beta, g, forget, S, d)
 
     with no_autocast(q.device):
-        qw, kw = q.to(work), k.to(work)
-        if qk_l2norm:
-            qw, kw = l2norm(qw), l2norm(kw)
-        if HV != H:
-            qw, kw = (x.repeat_interleave(HV // H, 2) for x in (qw, kw))
-        o, S, d = choice.module.online_scaled_delta_rule(
-            qw,
-            kw,
-            v.to(work),
-            beta.to(work),
-            None if g is None else g.to(work),
-            None if forget is None else forget.to(work),
-            S,
-            d,
-            cu_seqlens,
-            preconditioner,
-            K**-0.5 if scale is None else float(scale),
-            chunk_size,
-        )
+        rest = (S, d, cu_seqlens, preconditioner, scale, chunk_size)
+        if choice.backend == "triton":
+            o, S, d = choice.module.online_scaled_delta_rule(q, k, v, beta, g, forget, *rest, qk_l2norm)
+        else:
+            qw, kw = q.to(work), k.to(work)
+            if qk_l2norm:
+                qw, kw = l2norm(qw), l2norm(kw)
+            if HV != H:
+                qw, kw = (x.repeat_interleave(HV // H, 2) for x in (qw, kw))
+            gates = (None if x is None else x.to(work) for x in (beta, g, forget))
+            o, S, d = choice.module.online_scaled_delta_rule(qw, kw, v.to(work), *gates, *rest)
     return o.to(v.dtype), DeltaState(S, d) if output_final_state else None
 
 
@@ -149,15 +138,19 @@ def precondition(
         refuse("preconditioner", type(preconditioner).__name__, "an osdn.Preconditioner")
     if beta is None and preconditioner.feedback == "beta_aware":
         refuse("beta", None, "a tensor [B, T, H] for beta_aware feedback")
-    work, N = _check_call(None, k, None, beta, None, forget, preconditioner, cu_seqlens, 64)
+    refuse_none(k=k)
+    work = check_inputs(None, k, None, beta, None, forget, preconditioner)
+    shape = (check_packing(cu_seqlens, k), *k.shape[2:])
     choice = choose(k, backend)
-    H, K = k.shape[2], k.shape[3]
     _warn_tie(preconditioner, initial_d, forget)
-    d = _state("initial_d", initial_d, (N, H, K), work, k.device, 1.0)
+    _check_part("initial_d", initial_d, shape, k)
+    d = k.new_ones(shape, dtype=work) if initial_d is None else initial_d
     _check_differentiable(choice, k, beta, forget, d)
     with no_autocast(k.device):
-        beta, forget = (None if x is None else x.to(work) for x in (beta, forget))
-        return choice.module.precondition(k.to(work), beta, forget, d, cu_seqlens, preconditioner)
+        if choice.backend != "triton":
+            k = k.to(work)
+            beta, forget = (None if x is None else x.to(work) for x in (beta, forget))
+        return choice.module.precondition(k, beta, forget, d, cu_seqlens, preconditioner)
 
 
 def explain(q: Tensor, *, backend: Backend = "auto") -> Choice:
@@ -170,7 +163,21 @@ def explain(q: Tensor, *, backend: Backend = "auto") -> Choice:
     return choose(q, backend)
 
 
-def _check_call(
+def refuse_none(**tensors: Tensor | None) -> None:
+    """The arguments that have no default."""
+    for name, x in tensors.items():
+        if x is None:
+            refuse(name, None, "a torch.Tensor")
+
+
+def check_scale(scale: float | None, k: Tensor) -> float:
+    """The factor of the output."""
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        refuse("scale", repr(scale), "a float, or None for K^-0.5")
+    return k.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def check_inputs(
     q: Tensor | None,
     k: Tensor,
     v: Tensor | None,
@@ -178,50 +185,77 @@ def _check_call(
     g: Tensor | None,
     forget: Tensor | None,
     preconditioner: Preconditioner | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-) -> tuple[torch.dtype, int]:
-    """Refuse what does not fit together; the work dtype and the number of sequences."""
-    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "forget": forget, "cu_seqlens": cu_seqlens}
+    letters: str = "B, T",
+) -> torch.dtype:
+    """Refuse what does not fit together; the work dtype. letters: of the dimensions before that of the heads."""
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "forget": forget}
     for name, x in tensors.items():
         if x is not None and not isinstance(x, Tensor):
             refuse(name, type(x).__name__, "a torch.Tensor")
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if k.ndim != 4 or 0 in k.shape:
-        refuse("k", tuple(k.shape), "shape [B, T, H, K] with every size >= 1")
-    B, T, H, K = k.shape
-    if k.dtype not in floats:
+    if k.ndim != letters.count(",") + 3 or 0 in k.shape:
+        refuse("k", tuple(k.shape), f"shape [{letters}, H, K] with every size >= 1")
+    *lead, H, K = k.shape
+    if k.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         refuse("k", k.dtype, "a floating dtype")
     if q is not None and q.shape != k.shape:
         refuse("q", tuple(q.shape), f"the shape of k, {tuple(k.shape)}")
     HV = H
     if v is not None:
-        if v.ndim != 4 or v.shape[:2] != (B, T) or 0 in v.shape or v.shape[2] % H:
-            refuse("v", tuple(v.shape), f"shape [{B}, {T}, HV, V] with HV a multiple of {H}, V >= 1")
-        HV = v.shape[2]
+        if v.ndim != k.ndim or list(v.shape[:-2]) != lead or 0 in v.shape or v.shape[-2] % H:
+            sizes = ", ".join(map(str, lead))
+            refuse("v", tuple(v.shape), f"shape [{sizes}, HV, V] with HV a multiple of {H}, V >= 1")
+        HV = v.shape[-2]
     for name, x in (("q", q), ("v", v)):
         if x is not None and x.dtype != k.dtype:
             refuse(name, x.dtype, f"the dtype of k, {k.dtype}")
     for name, x in (("beta", beta), ("g", g), ("forget", forget)):
         if x is None:
             continue
-        shapes = [(B, T, HV), (B, T, HV, K)] if name == "g" else [(B, T, HV)]
-        if tuple(x.shape) not in shapes:
-            refuse(name, tuple(x.shape), " or ".join(f"shape {list(s)}" for s in shapes))
+        shapes = [[*lead, HV], [*lead, HV, K]] if name == "g" else [[*lead, HV]]
+        if list(x.shape) not in shapes:
+            refuse(name, tuple(x.shape), " or ".join(f"shape {s}" for s in shapes))
         dtypes = {k.dtype} if k.dtype == torch.float64 else {k.dtype, torch.float32}
         if x.dtype not in dtypes:
             refuse(name, x.dtype, " or ".join(sorted(map(str, dtypes))))
     for name, x in tensors.items():
-        # cu_seqlens may stay on the CPU, where its values can be read without a synchronisation.
-        if x is not None and x.device != k.device and not (name == "cu_seqlens" and x.device.type == "cpu"):
+        if x is not None and x.device != k.device:
             refuse(name, x.device, f"the device of k, {k.device}")
     if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
         refuse("preconditioner", type(preconditioner).__name__, "an osdn.Preconditioner or None")
     if preconditioner is None and forget is not None:
         refuse("forget", "a tensor", "None where preconditioner is None (there is no d to forget)")
-    if chunk_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        refuse("chunk_size", chunk_size, "a power of two from 1 to 256")
-    return work_dtype(k), check_packing(cu_seqlens, B, T)
+    return work_dtype(k)
+
+
+def check_state(
+    name: str,
+    state: DeltaState,
+    N: int | None,
+    k: Tensor,
+    v: Tensor,
+    preconditioner: Preconditioner | None,
+    *,
+    whole: bool = False,
+) -> None:
+    """Refuse a state that does not fit. N: how many, None for any number. whole: S and d must be there."""
+    if not isinstance(state, DeltaState):
+        refuse(name, type(state).__name__, "an osdn.DeltaState")
+    if preconditioner is None and state.d is not None:
+        refuse(f"{name}.d", "a tensor", "None where preconditioner is None (d == 1)")
+    if N is None:
+        N = len(state.S) if isinstance(state.S, Tensor) and state.S.ndim > 0 else 1
+    shape = (N, v.shape[-2], k.shape[-1], v.shape[-1])
+    _check_part(f"{name}.S", state.S, shape, k, whole)
+    _check_part(f"{name}.d", state.d, shape[:-1], k, whole and preconditioner is not None)
+
+
+def _check_part(name: str, x: Tensor | None, shape: tuple[int, ...], k: Tensor, needed: bool = False) -> None:
+    if x is None and not needed:
+        return
+    if not isinstance(x, Tensor):
+        refuse(name, None if x is None else type(x).__name__, "a torch.Tensor" + ("" if needed else " or None"))
+    if tuple(x.shape) != shape or x.dtype != work_dtype(k) or x.device != k.device:
+        refuse(name, f"{x.dtype} {tuple(x.shape)} on {x.device}", f"{work_dtype(k)} {shape} on {k.device}")
 
 
 def _check_differentiable(choice: Choice, *tensors: Tensor | None) -> None:
@@ -232,32 +266,26 @@ def _check_differentiable(choice: Choice, *tensors: Tensor | None) -> None:
         refuse("backend", f"{choice.backend!r} under forward-mode differentiation", "'reference' there")
 
 
-def check_packing(cu_seqlens: Tensor | None, B: int, T: int) -> int:
-    """The number of sequences; refuses offsets that do not fit a batch of B rows of T tokens."""
+def check_packing(cu_seqlens: Tensor | None, x: Tensor) -> int:
+    """The number of sequences in x [B, T, ...]; refuses offsets that do not fit it."""
+    B, T = x.shape[:2]
     if cu_seqlens is None:
         return B
+    if not isinstance(cu_seqlens, Tensor):
+        refuse("cu_seqlens", type(cu_seqlens).__name__, "a torch.Tensor")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         refuse("cu_seqlens", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}", "int32 or int64, shape [N + 1], N >= 1")
     if B != 1:
         refuse("cu_seqlens", f"B = {B}", "a packed batch, B = 1")
+    # They may stay on the CPU, where their values can be read without a synchronisation.
+    if cu_seqlens.device not in (x.device, torch.device("cpu")):
+        refuse("cu_seqlens", cu_seqlens.device, f"{x.device} or cpu")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in pairwise(bounds)):
             shown = bounds if len(bounds) <= 8 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"
             refuse("cu_seqlens", shown, f"offsets from 0 to T = {T} that do not decrease")
     return len(cu_seqlens) - 1
-
-
-def _state(
-    name: str, x: Tensor | None, shape: tuple[int, ...], work: torch.dtype, device: torch.device, default: float
-) -> Tensor:
-    if x is None:
-        return torch.full(shape, default, dtype=work, device=device)
-    if not isinstance(x, Tensor):
-        refuse(name, type(x).__name__, "a torch.Tensor or None")
-    if tuple(x.shape) != shape or x.dtype != work or x.device != device:
-        refuse(name, f"{x.dtype} {tuple(x.shape)} on {x.device}", f"{work} {shape} on {device}")
-    return x
 
 
 def l2norm(x: Tensor) -> Tensor:

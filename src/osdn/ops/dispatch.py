@@ -1,7 +1,13 @@
-"""Which backend runs a call, and why. Backends are modules with the two functions of `reference.py`."""
+"""Which backend runs a call, and why. Backends are modules with the two functions of `reference.py`.
+
+`triton` alone takes q, k, v as the caller has them, with one argument more (qk_l2norm): its kernels normalise, convert
+and share keys among value heads on the way.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 from dataclasses import dataclass
@@ -16,6 +22,10 @@ from osdn.ops.options import Backend
 
 log = logging.getLogger("osdn")
 _announced: set[str] = set()
+try:
+    _INSTALLED = importlib.util.find_spec("triton") is not None
+except ModuleNotFoundError:  # hidden by whoever imports
+    _INSTALLED = False
 _MODULES: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 
 
@@ -28,6 +38,8 @@ class Choice:
 
     @property
     def module(self) -> ModuleType:
+        if self.backend not in _MODULES:
+            _MODULES[self.backend] = importlib.import_module("osdn.ops.triton.function")
         return _MODULES[self.backend]
 
     def __str__(self) -> str:
@@ -41,19 +53,38 @@ def choose(q: Tensor, backend: str) -> Choice:
         asked, source = os.environ["OSDN_BACKEND"], "OSDN_BACKEND"
     if asked not in get_args(Backend):
         raise ValueError(f"{source}: got {asked!r}, takes one of {', '.join(map(repr, get_args(Backend)))}")
-    if asked == "triton":
-        raise ValueError(
-            f"{source}: 'triton' is not available, since this version of osdn ships no Triton kernels; "
-            "use 'chunked', which runs on any device PyTorch runs on"
-        )
+    lacks = why_not_triton(q) if asked in ("auto", "triton") else ""
+    if asked == "triton" and lacks:
+        raise ValueError(f"{source}: 'triton' is not available, since {lacks}; 'chunked' runs wherever PyTorch does")
     if asked != "auto":
         return Choice(asked, f"asked for by {source}={asked!r}")
     if q.shape[1] == 1:
         choice = Choice("reference", "a single token is one step of the recurrence")
+    elif not lacks:
+        choice = Choice("triton", f"kernels for {q.device.type}")
     else:
-        choice = Choice("chunked", f"chunkwise-parallel PyTorch, the fastest exact path on {q.device.type} so far")
+        choice = Choice("chunked", f"chunkwise-parallel PyTorch, since {lacks}")
     if not torch.compiler.is_compiling() and choice.reason not in _announced:
         _announced.add(choice.reason)
         # Whoever has a GPU expects kernels: say loudly that none ran.
-        log.log(logging.INFO if q.device.type in ("cpu", "meta") else logging.WARNING, "backend=auto takes %s", choice)
+        quiet = choice.backend != "chunked" or q.device.type in ("cpu", "meta")
+        log.log(logging.INFO if quiet else logging.WARNING, "backend=auto takes %s", choice)
     return choice
+
+
+def why_not_triton(q: Tensor) -> str:
+    """Why the kernels cannot take a call with this q; empty where they can."""
+    if not _INSTALLED:
+        return "the package triton is not installed (pip install triton)"
+    if q.device.type != "cuda" and not _interpreted():
+        return f"the tensors are on {q.device.type} and its kernels run on GPUs"
+    if q.dtype == torch.float64:
+        return "its kernels compute in float32 and the inputs are float64"
+    if q.shape[-1] > 256:
+        return f"its kernels take head dimensions up to 256 and K = {q.shape[-1]}"
+    return ""
+
+
+def _interpreted() -> bool:
+    """Triton's interpreter runs kernels on CPU tensors, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

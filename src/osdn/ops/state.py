@@ -15,7 +15,7 @@ class DeltaState:
     d: `[N, HV, K]` diagonal preconditioner before the next token; None stands for 1.
 
     N counts sequences (the batch, or the sequences of a packed batch), HV value heads. float32, or float64 when the
-    inputs are. Both are differentiable and never modified in place.
+    inputs are. Both are differentiable; `online_scaled_delta_step` alone modifies them in place.
     """
 
     S: Tensor | None = None

@@ -1,0 +1,508 @@
+"""Kernels of the delta rule with read key k and write key w = d * k, chunk by chunk.
+
+    (I + A) U = B,  B = beta (v - k S),  A_tj = beta_t <k_t, w_j> R_tj (j < t),  P_tj = scale <q_t, w_j> R_tj (j <= t)
+    O = scale q S + P U,  S <- Gamma S + w^T U
+
+    intra_fwd   w, T = (I + A)^-1 and P of every chunk                                     parallel over chunks
+    inter_fwd   O and S, or for the backward S before each chunk and U                     chunk after chunk
+    inter_bwd   dB and dS behind each chunk                                                chunk after chunk, backwards
+    intra_bwd   gradients of q, k, w, v, beta, g                                           parallel over chunks
+
+R_tj is the state's decay between j and t. A decay per head multiplies rows; one per key channel (CHANNEL) is put into
+q,
+k and w, each relative to a token between the two that meet, so that no factor exceeds 1 where that could overflow.
+Derivations: docs/math.md; what is rounded to bf16: docs/kernels.md.
+"""
+
+import triton
+import triton.language as tl
+
+from osdn.ops.triton.precondition import local, local_weights, path, path_weights
+from osdn.ops.triton.shared import (
+    below,
+    between,
+    chunk_at,
+    invert,
+    per_token,
+    per_token_after,
+    rows,
+    sequence_at,
+    store_rows,
+)
+
+
+@triton.jit
+def upto_and_behind(g, x, first, end, h, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BB: tl.constexpr, start):
+    """Of x [C, BB], channels of g: exp of the sums up to each token and behind it, and over the chunk [BB]."""
+    r = tl.arange(0, C)
+    i = start + tl.arange(0, BB)
+    at = ((first + r + 1) * HV + h) * K
+    mask = ((r < C - 1) & (first + r + 1 < end))[:, None] & (i < K)[None, :]
+    behind = tl.load(g + at[:, None] + i[None, :], mask, 0.0).to(tl.float32)
+    return tl.exp(tl.cumsum(x, 0)), tl.exp(tl.cumsum(behind, 0, reverse=True)), tl.exp(tl.sum(x, 0))
+
+
+@triton.jit
+def first_level(x):
+    """-1 where no channel of x decays by more than exp(-80): one reference token serves all pairs. Otherwise 0."""
+    return tl.where(tl.min(tl.sum(x, 0), 0) > -80.0, -1, 0)
+
+
+@triton.jit
+def factors(x, level, C: tl.constexpr, EXACT: tl.constexpr):
+    """Decays of rows t and columns j relative to a token in between, and the pairs (t, j), j < t, that they serve.
+
+    level < 0: relative to the chunk's middle, for all pairs; no factor passes exp(80) in a chunk that decays by no
+    more.
+    Otherwise, with h = 2^level, relative to the middle of each block of 2h tokens, for t in its second half and j in
+    its
+    first: factors of at most 1, and sums over their own tokens alone, which no wipe elsewhere can cancel.
+    """
+    r = tl.arange(0, C)
+    if level < 0:
+        y = tl.cumsum(x, 0) - tl.sum(tl.where((r < C // 2)[:, None], x, 0.0), 0)[None, :]
+        row = tl.exp(y)
+        col = tl.exp(-y)
+        pairs = r[:, None] > r[None, :]
+    else:
+        block = r >> level
+        same = block[:, None] == block[None, :]
+        second = (block & 1) == 1
+        spans = tl.where(second[:, None], r[:, None] >= r[None, :], r[:, None] < r[None, :]) & same
+        decay = tl.exp(tl.dot(tl.where(spans, 1.0, 0.0), x, input_precision=EXACT))
+        row = tl.where(second[:, None], decay, 0.0)
+        col = tl.where(second[:, None], 0.0, decay)
+        pairs = ((block[:, None] >> 1) == (block[None, :] >> 1)) & (block[:, None] > block[None, :])
+    return row, col, pairs
+
+
+@triton.jit
+def meet(k, q, w, row, col, pairs, A, P, DT: tl.constexpr, PRECISION: tl.constexpr):
+    wc = tl.trans((w.to(tl.float32) * col).to(DT))
+    A += tl.where(pairs, tl.dot((k.to(tl.float32) * row).to(DT), wc, input_precision=PRECISION), 0.0)
+    P += tl.where(pairs, tl.dot((q.to(tl.float32) * row).to(DT), wc, input_precision=PRECISION), 0.0)
+    return A, P
+
+
+@triton.jit
+def norm(x, first, end, h, heads, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    y = rows(x, first, end, h, heads, K, C, BK).to(tl.float32)
+    return tl.rsqrt(tl.sum(y * y, 1) + 1e-6)
+
+
+@triton.jit
+def delta_intra_fwd_kernel(
+    q, k, beta, g, forget, rq, rk, starts, e, active, w, qx, kx, wx, decay, T, P, cu_seqlens, chunks,
+    scale, eta, d_min, d_max, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr,
+    BOX: tl.constexpr, PACKED: tl.constexpr, SOLVE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """T (with SOLVE) and P [chunks, HV, C, C]; w [tokens, HV, K]; rq and rk [tokens, H].
+
+    With DECAY = 2 also q, k, w with the decays to the chunk's start and end -> qx, kx, wx, and exp(sum g) -> decay. BB
+    channels at a time.
+    """
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    hk = h // (HV // H)
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    r = tl.arange(0, C)
+    t = first + r
+    nk = tl.full([C], 1.0, tl.float32)
+    nq = nk
+    if L2NORM:
+        nq = norm(q, first, end, hk, H, K, C, BK)
+        tl.store(rq + t * H + hk, nq, t < end)
+        if PRECONDITIONED:
+            nk = per_token(rk, first, end, hk, H, C)
+        else:
+            nk = norm(k, first, end, hk, H, K, C, BK)
+            tl.store(rk + t * H + hk, nk, t < end)
+    fired = False
+    if PRECONDITIONED:
+        W, G = path_weights(forget, e, first, end, h, eta, HV, C, FORGET)
+        W = W.to(DT)
+        if BOX:
+            fired = tl.load(active + c * HV + h) > 0
+    A = tl.zeros([C, C], tl.float32)
+    PP = tl.zeros([C, C], tl.float32)
+    diagonal = tl.zeros([C], tl.float32)
+    for block in tl.range(0, BK // BB, disable_licm=True):
+        at = block * BB
+        i = at + tl.arange(0, BB)
+        kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
+        qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
+        kn = kr.to(tl.float32) * nk[:, None]
+        wn = kn
+        if PRECONDITIONED:
+            start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+            D, _ = path(
+                W, G, k, rk if L2NORM else None, forget, e, start, kn * kn, first, end, h, fired, eta, d_min, d_max,
+                H, HV, K, C, BB, FORGET, DT, PRECISION, at,
+            )  # fmt: skip
+            wn = D * kn
+            store_rows(w, wn, first, end, h, HV, K, C, BB, at)
+        if DECAY == 2:
+            x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
+            upto, behind, kept = upto_and_behind(g, x, first, end, h, HV, K, C, BB, at)
+            store_rows(qx, qr.to(tl.float32) * nq[:, None] * upto, first, end, h, HV, K, C, BB, at)
+            store_rows(kx, kn * upto, first, end, h, HV, K, C, BB, at)
+            store_rows(wx, wn * behind, first, end, h, HV, K, C, BB, at)
+            tl.store(decay + (c * HV + h) * K + i, kept, i < K)
+            diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
+            wd = wn.to(DT)
+            lowest = first_level(x)
+            for level in tl.range(lowest, tl.where(lowest < 0, 0, LEVELS), disable_licm=True):
+                row, col, pairs = factors(x, level, C, EXACT)
+                A, PP = meet(kr, qr, wd, row, col, pairs, A, PP, DT, PRECISION)
+        else:
+            wt = tl.trans(wn.to(DT))
+            A = tl.dot(kr, wt, A, input_precision=PRECISION)
+            PP = tl.dot(qr, wt, PP, input_precision=PRECISION)
+    A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
+    if DECAY == 1:
+        R = between(per_token(g, first, end, h, HV, C), C, 0)
+        A *= R
+        PP *= R
+    if DECAY == 2:
+        PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
+    PP *= (scale * nq)[:, None]
+    square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
+    tl.store(P + square, below(PP, C, True).to(P.dtype.element_ty))
+    if SOLVE:
+        tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION, EXACT).to(T.dtype.element_ty))
+
+
+@triton.jit
+def scalar_decay(g, first, end, h, HV: tl.constexpr, C: tl.constexpr):
+    """exp of the sums of g up to each token and behind it [C], and over the chunk."""
+    x = per_token(g, first, end, h, HV, C)
+    behind = per_token_after(g, first, end, h, HV, C)
+    return tl.exp(tl.cumsum(x, 0)), tl.exp(tl.cumsum(behind, 0, reverse=True)), tl.exp(tl.sum(x, 0))
+
+
+@triton.jit
+def row_factors(
+    g, rq, rk, first, end, h, H: tl.constexpr, HV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    PRECONDITIONED: tl.constexpr, L2NORM: tl.constexpr,
+):  # fmt: skip
+    """What the rows of q, k and w as stored are multiplied with [C]: norms and decays; and the chunk's own decay."""
+    fq = tl.full([C], 1.0, tl.float32)
+    fk = fq
+    fw = fq
+    kept = 1.0
+    if DECAY != 2:
+        if L2NORM:
+            hk = h // (HV // H)
+            fq = per_token(rq, first, end, hk, H, C)
+            fk = per_token(rk, first, end, hk, H, C)
+            if not PRECONDITIONED:
+                fw = fk
+        if DECAY == 1:
+            upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
+            fq *= upto
+            fk *= upto
+            fw *= behind
+    return fq, fk, fw, kept
+
+
+@triton.jit
+def delta_inter_fwd_kernel(
+    q, k, w, v, beta, g, rq, rk, decay, T, P, S_0, o, S_end, states, U, cu_seqlens, first_chunk, scale, tokens,
+    H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
+    PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """What is not None of: o [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states, and U [tokens, HV,
+    V].
+
+    v = None: the map of S alone, from the identity -> S_end [N, HV, K, K], with V = K.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    bv = tl.program_id(0) % NV
+    h = (tl.program_id(0) // NV) % HV
+    n = tl.program_id(0) // (NV * HV)
+    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    i = tl.arange(0, BK)
+    r = tl.arange(0, C)
+    u = bv * BV + tl.arange(0, BV)
+    entries = i[:, None] * V + u[None, :]
+    inside = (i < K)[:, None] & (u < V)[None, :]
+    if v is None:
+        S = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
+    else:
+        S = tl.zeros([BK, BV], tl.float32)
+    if S_0 is not None:
+        S = tl.load(S_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
+    for m in tl.range(0, tl.cdiv(end - begin, C), num_stages=STAGES):
+        first = begin + m * C
+        cell = (c + m) * HV + h
+        t = first + r
+        value = ((t * HV + h) * V)[:, None] + u[None, :]
+        live = (t < end)[:, None] & (u < V)[None, :]
+        fq, fk, fw, kept = row_factors(g, rq, rk, first, end, h, H, HV, C, DECAY, PRECONDITIONED, L2NORM)
+        kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
+        wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
+        Tc = tl.load(T + cell * C * C + r[:, None] * C + r[None, :])
+        vr = tl.zeros([C, BV], tl.float32)
+        if v is not None:
+            vr = tl.load(v + value, live, 0.0).to(tl.float32)
+        b = per_token(beta, first, end, h, HV, C)
+        Sd = S.to(DT)
+        B = (vr - tl.dot(kr, Sd, input_precision=PRECISION) * fk[:, None]) * b[:, None]
+        Uc = tl.dot(Tc.to(DT), B.to(DT), input_precision=PRECISION)
+        if o is not None:
+            qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
+            Pc = tl.load(P + cell * C * C + r[:, None] * C + r[None, :])
+            out = tl.dot(qr, Sd, input_precision=PRECISION) * (scale * fq)[:, None]
+            out += tl.dot(Pc.to(DT), Uc.to(DT), input_precision=PRECISION)
+            tl.store(o + value, out.to(o.dtype.element_ty), live)
+        if states is not None:
+            tl.store(states + cell * K * V + entries, S.to(states.dtype.element_ty), inside)
+            tl.store(U + value, Uc.to(U.dtype.element_ty), live)
+        if DECAY == 1:
+            S *= kept
+        if DECAY == 2:
+            S *= tl.load(decay + cell * K + i, i < K, 0.0)[:, None]
+        S += tl.dot(tl.trans(wr), (Uc * fw[:, None]).to(DT), input_precision=PRECISION)
+    if S_end is not None:
+        tl.store(S_end + (n * HV + h).to(tl.int64) * K * V + entries, S, inside)
+
+
+@triton.jit
+def delta_inter_bwd_kernel(
+    q, k, w, beta, g, rq, rk, decay, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, scale, tokens,
+    H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
+    PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """What is not None of: dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0 [N, HV, K, V].
+
+    dU = P^T dO + w dS, dB = T^T dU, dS <- Gamma dS + scale q^T dO - k^T (beta dB).
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    bv = tl.program_id(0) % NV
+    h = (tl.program_id(0) // NV) % HV
+    n = tl.program_id(0) // (NV * HV)
+    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    i = tl.arange(0, BK)
+    r = tl.arange(0, C)
+    u = bv * BV + tl.arange(0, BV)
+    entries = i[:, None] * V + u[None, :]
+    inside = (i < K)[:, None] & (u < V)[None, :]
+    dS = tl.zeros([BK, BV], tl.float32)
+    if dS_end is not None:
+        dS = tl.load(dS_end + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
+    count = tl.cdiv(end - begin, C)
+    for back in tl.range(0, count, num_stages=STAGES):
+        first = begin + (count - 1 - back) * C
+        cell = (c + count - 1 - back) * HV + h
+        t = first + r
+        value = ((t * HV + h) * V)[:, None] + u[None, :]
+        live = (t < end)[:, None] & (u < V)[None, :]
+        fq, fk, fw, kept = row_factors(g, rq, rk, first, end, h, H, HV, C, DECAY, PRECONDITIONED, L2NORM)
+        qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
+        kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
+        wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
+        square = r[:, None] * C + r[None, :]
+        Tc = tl.load(T + cell * C * C + square).to(DT)
+        Pc = tl.load(P + cell * C * C + square).to(DT)
+        dor = tl.load(do + value, live, 0.0)
+        b = per_token(beta, first, end, h, HV, C)
+        dSd = dS.to(DT)
+        if dstates is not None:
+            tl.store(dstates + cell * K * V + entries, dS.to(dstates.dtype.element_ty), inside)
+        dU = tl.dot(wr, dSd, input_precision=PRECISION) * fw[:, None]
+        dU += tl.dot(tl.trans(Pc), dor.to(DT), input_precision=PRECISION)
+        dBc = tl.dot(tl.trans(Tc), dU.to(DT), input_precision=PRECISION)
+        if dB is not None:
+            tl.store(dB + value, dBc.to(dB.dtype.element_ty), live)
+        if DECAY == 1:
+            dS *= kept
+        if DECAY == 2:
+            dS *= tl.load(decay + cell * K + i, i < K, 0.0)[:, None]
+        dS += tl.dot(tl.trans(qr), (dor.to(tl.float32) * (scale * fq)[:, None]).to(DT), input_precision=PRECISION)
+        dS -= tl.dot(tl.trans(kr), (dBc * (b * fk)[:, None]).to(DT), input_precision=PRECISION)
+    if dS_0 is not None:
+        tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
+
+
+@triton.jit
+def spread(
+    kb, q, w, row, col, pairs, dA, dP, dq, dk, dw, DT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The gradients of what `meet` computed."""
+    GA = tl.where(pairs, dA, tl.zeros_like(dA))
+    GP = tl.where(pairs, dP, tl.zeros_like(dP))
+    wc = (w.to(tl.float32) * col).to(DT)
+    dq += row * tl.dot(GP, wc, input_precision=PRECISION)
+    dk += row * tl.dot(GA, wc, input_precision=PRECISION)
+    back = tl.dot(tl.trans(GP), (q.to(tl.float32) * row).to(DT), input_precision=PRECISION)
+    back = tl.dot(tl.trans(GA), (kb.to(tl.float32) * row).to(DT), acc=back, input_precision=PRECISION)
+    dw += col * back
+    return dq, dk, dw
+
+
+@triton.jit
+def delta_intra_bwd_kernel(
+    q, k, w, v, beta, g, forget, rq, rk, states, dstates, U, dB, do, dq, dk, dw, dv, dbeta, dg, h_local, adj_local,
+    cu_seqlens, chunks, scale, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
+    PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """dq, dk [tokens, HV, K], dv [tokens, HV, V], dbeta, dg; PRECONDITIONED: dk of k as used and without w's part,
+    and dw.
+
+    dq = scale dO S^T + dP w, d(beta k) = -dB S^T + dA w, dw = U dS^T + dP^T q + dA^T (beta k), dP = scale dO U^T and
+    dA = -dB U^T where A and P are not 0. As decays are factors of q, k (up to a token) and w (behind it), the
+    gradient of
+    their logarithms is made of q dq, k dk and w dw. BB channels at a time.
+    """
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    hk = h // (HV // H)
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    NV: tl.constexpr = (V + BV - 1) // BV
+    r = tl.arange(0, C)
+    t = first + r
+    cell = c * HV + h
+    b = per_token(beta, first, end, h, HV, C)
+    nq = tl.full([C], 1.0, tl.float32)
+    nk = nq
+    if L2NORM:
+        nq = per_token(rq, first, end, hk, H, C)
+        nk = per_token(rk, first, end, hk, H, C)
+    dP = tl.zeros([C, C], tl.float32)
+    dA = tl.zeros([C, C], tl.float32)
+    db = tl.zeros([C], tl.float32)
+    for bv in range(0, NV):
+        Ut = tl.trans(rows(U, first, end, h, HV, V, C, BV, bv * BV).to(DT))
+        dBd = rows(dB, first, end, h, HV, V, C, BV, bv * BV)
+        dP = tl.dot(rows(do, first, end, h, HV, V, C, BV, bv * BV).to(DT), Ut, dP, input_precision=PRECISION)
+        dA = tl.dot(dBd.to(DT), Ut, dA, input_precision=PRECISION)
+        db += tl.sum(dBd.to(tl.float32) * rows(v, first, end, h, HV, V, C, BV, bv * BV).to(tl.float32), 1)
+        store_rows(dv, dBd.to(tl.float32) * b[:, None], first, end, h, HV, V, C, BV, bv * BV)
+    dP = below(dP, C, True) * scale
+    dA = -below(dA, C, False)
+    upto = tl.full([C], 1.0, tl.float32)
+    behind = upto
+    kept = 1.0
+    if DECAY == 1:
+        upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
+        decays = between(per_token(g, first, end, h, HV, C), C, 0)
+        dP *= decays
+        dA *= decays
+    if DECAY == 2:
+        diagonal = tl.sum(tl.where(r[:, None] == r[None, :], dP, 0.0), 1)[:, None]
+        dP = below(dP, C, False)
+    dP = dP.to(DT)
+    dA = dA.to(DT)
+    lost = tl.zeros([], tl.float32)
+    hs = tl.zeros([C], tl.float32)
+    dg_row = tl.zeros([C], tl.float32)
+    total_q = tl.zeros([C], tl.float32)
+    total_k = tl.zeros([C], tl.float32)
+    for block in tl.range(0, BK // BB, disable_licm=True):
+        at = block * BB
+        i = at + tl.arange(0, BB)
+        dqa = tl.zeros([C, BB], tl.float32)
+        dka = tl.zeros([C, BB], tl.float32)
+        dwa = tl.zeros([C, BB], tl.float32)
+        ended = tl.zeros([BB], tl.float32)
+        for bv in tl.range(0, NV, disable_licm=True):
+            u = bv * BV + tl.arange(0, BV)
+            entries = cell * K * V + i[:, None] * V + u[None, :]
+            inside = (i < K)[:, None] & (u < V)[None, :]
+            S = tl.load(states + entries, inside, 0.0)
+            dS = tl.load(dstates + entries, inside, 0.0)
+            if DECAY != 0:
+                ended += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+            St = tl.trans(S.to(DT))
+            dSt = tl.trans(dS.to(DT))
+            dqa = tl.dot(rows(do, first, end, h, HV, V, C, BV, bv * BV).to(DT), St, dqa, input_precision=PRECISION)
+            dka = tl.dot(rows(dB, first, end, h, HV, V, C, BV, bv * BV).to(DT), St, dka, input_precision=PRECISION)
+            dwa = tl.dot(rows(U, first, end, h, HV, V, C, BV, bv * BV).to(DT), dSt, dwa, input_precision=PRECISION)
+        dqa *= (scale * upto)[:, None]
+        dka *= -upto[:, None]
+        dwa *= behind[:, None]
+        kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
+        qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
+        kn = kr.to(tl.float32) * nk[:, None]
+        qn = qr.to(tl.float32) * nq[:, None]
+        if PRECONDITIONED:
+            wd = rows(w, first, end, h, HV, K, C, BB, at).to(DT)
+        else:
+            wd = kn.to(DT)
+        qd = qn.to(DT)
+        kb = (kn * b[:, None]).to(DT)
+        if DECAY == 2:
+            x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
+            ups, behinds, kept_each = upto_and_behind(g, x, first, end, h, HV, K, C, BB, at)
+            dqa *= ups
+            dka *= ups
+            dwa *= behinds
+            ended = ended * kept_each + tl.sum(wd.to(tl.float32) * dwa, 0)
+            dqa += diagonal * wd.to(tl.float32)
+            dwa += diagonal * qn
+            lowest = first_level(x)
+            for level in tl.range(lowest, tl.where(lowest < 0, 0, LEVELS), disable_licm=True):
+                row, col, pairs = factors(x, level, C, EXACT)
+                dqa, dka, dwa = spread(kb, qd, wd, row, col, pairs, dA, dP, dqa, dka, dwa, DT, PRECISION)
+            y = tl.cumsum(qn * dqa + kn * b[:, None] * dka - wd.to(tl.float32) * dwa, 0, reverse=True)
+            store_rows(dg, y + ended[None, :], first, end, h, HV, K, C, BB, at)
+        else:
+            if DECAY == 1:
+                lost += tl.sum(ended * kept + tl.sum(wd.to(tl.float32) * dwa, 0), 0)
+            dqa = tl.dot(dP, wd, dqa, input_precision=PRECISION)
+            dka = tl.dot(dA, wd, dka, input_precision=PRECISION)
+            dwa = tl.dot(tl.trans(dP), qd, dwa, input_precision=PRECISION)
+            dwa = tl.dot(tl.trans(dA), kb, dwa, input_precision=PRECISION)
+        along_q = tl.sum(qn * dqa, 1)
+        total_q += along_q
+        if L2NORM and BK == BB:
+            dqa = (dqa - qn * total_q[:, None]) * nq[:, None]
+        store_rows(dq, dqa, first, end, h, HV, K, C, BB, at)
+        along_k = tl.sum(kn * dka, 1)
+        along_w = tl.sum(wd.to(tl.float32) * dwa, 1)
+        db += along_k
+        total_k += b * along_k
+        if DECAY == 1:
+            dg_row += along_q + b * along_k - along_w
+        dka *= b[:, None]
+        if not PRECONDITIONED:
+            dka += dwa
+            total_k += along_w
+            if L2NORM and BK == BB:
+                dka = (dka - kn * total_k[:, None]) * nk[:, None]
+        store_rows(dk, dka, first, end, h, HV, K, C, BB, at)
+        if PRECONDITIONED:
+            store_rows(dw, dwa, first, end, h, HV, K, C, BB, at)
+            R, G = local_weights(forget, first, end, h, HV, C, FORGET)
+            hs += local(R, G, dwa * kn, kn * kn, adj_local, c, h, HV, K, BB, DT, PRECISION, at)
+    tl.store(dbeta + t * HV + h, db, t < end)
+    if PRECONDITIONED:
+        tl.store(h_local + t * HV + h, hs, t < end)
+    if DECAY == 1:
+        tl.store(dg + t * HV + h, tl.cumsum(dg_row, 0, reverse=True) + lost, t < end)
+    if L2NORM and BK != BB:
+        # What runs along a normalised key is known only now.
+        tl.debug_barrier()
+        for block in tl.range(0, BK // BB, disable_licm=True):
+            at = block * BB
+            qn = rows(q, first, end, hk, H, K, C, BB, at).to(tl.float32) * nq[:, None]
+            dqa = rows(dq, first, end, h, HV, K, C, BB, at).to(tl.float32)
+            store_rows(dq, (dqa - qn * total_q[:, None]) * nq[:, None], first, end, h, HV, K, C, BB, at)
+            if not PRECONDITIONED:
+                kn = rows(k, first, end, hk, H, K, C, BB, at).to(tl.float32) * nk[:, None]
+                dka = rows(dk, first, end, h, HV, K, C, BB, at).to(tl.float32)
+                store_rows(dk, (dka - kn * total_k[:, None]) * nk[:, None], first, end, h, HV, K, C, BB, at)

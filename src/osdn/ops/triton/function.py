@@ -1,0 +1,593 @@
+"""The Triton backend: hosts of the kernels, and their two differentiable operators.
+
+    osdn::triton_delta_rule      the fused rule, preconditioner optional
+    osdn::triton_precondition    d_t alone
+
+As `torch.library` operators they leave a `torch.compile` graph whole. Inputs are taken as the caller has them (bf16,
+fp16
+or fp32, q and k not yet normalised, fewer key than value heads); states are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from osdn.ops.options import Preconditioner
+from osdn.ops.triton import delta
+from osdn.ops.triton import precondition as kernels
+from osdn.ops.triton.launch import capability, launch
+from osdn.ops.triton.shared import chain_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+PROGRAMS = 128
+"""Programs of a pass over chunks, up to which sequences are split: about the processors of a GPU."""
+SEGMENT = 8
+"""Chunks that a segment has at least."""
+SEGMENTS = 4
+"""Fewer would save less than their maps cost."""
+_OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
+"""Kernels whose programs have a block of columns each."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Shapes and constants of a call, common to its kernels."""
+
+    k: Tensor
+    HV: int
+    V: int
+    cu_seqlens: Tensor | None
+    chunk_size: int
+
+    @cached_property
+    def C(self) -> int:
+        # Before Hopper (and on AMD's) products take their operands and sums from registers.
+        small = self.BK > 128 or (self.BK > 64 and self.DT is tl.float32) or capability(self.k.device) < 90
+        return max(16, min(self.chunk_size, 32 if small else 64))
+
+    @cached_property
+    def BK(self) -> int:
+        return max(16, 1 << (self.k.shape[3] - 1).bit_length())
+
+    @cached_property
+    def DT(self) -> Any:
+        # The interpreter multiplies in numpy, which has no bf16. fp16 has too short a range for decays.
+        return tl.bfloat16 if self.k.dtype == torch.bfloat16 and not INTERPRETED else tl.float32
+
+    @cached_property
+    def stored(self) -> torch.dtype:
+        """Of what stands for an operand of a product."""
+        return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
+
+    @cached_property
+    def EXACT(self) -> str:
+        return "ieee" if torch.version.hip or INTERPRETED else "tf32x3"
+
+    @cached_property
+    def PRECISION(self) -> str:
+        """Of products whose operands stay in float32."""
+        return "tf32" if self.stored == torch.bfloat16 and self.EXACT == "tf32x3" else self.EXACT
+
+    @cached_property
+    def N(self) -> int:
+        return len(self.k) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @cached_property
+    def chunk_count(self) -> int:
+        """An upper bound where sequences are packed: their lengths are on the device."""
+        B, T = self.k.shape[:2]
+        return B * -(-T // self.C) if self.cu_seqlens is None else T // self.C + self.N
+
+    @cached_property
+    def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """cu_seqlens on the device, (sequence, chunk in it) of each chunk or (-1, .), first chunk of each sequence."""
+        if self.cu_seqlens is None:
+            return None, None, None
+        cu = self.cu_seqlens.to(self.k.device, torch.int64)
+        ends = cu.diff().add(self.C - 1).div(self.C, rounding_mode="floor").cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends])
+        index = torch.arange(self.chunk_count, device=cu.device)
+        n = torch.searchsorted(ends, index, right=True)
+        inside = index - starts[n]
+        return cu, torch.stack([torch.where(index < ends[-1], n, -1), inside], 1).contiguous(), starts
+
+    @cached_property
+    def SPLIT(self) -> int:
+        """Segments, worked on side by side, that each sequence is cut into where there are few of these and heads."""
+        split, chunks = 1, self.chunk_count // self.N
+        while 2 * split * self.N * self.HV <= PROGRAMS and chunks >= 2 * split * SEGMENT:
+            split *= 2
+        return split if split >= SEGMENTS else 1
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.k.device)
+
+    def tokens(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.new(*self.k.shape[:2], *shape, dtype=dtype)
+
+    def by_chunk(self, kernel: Any, **arguments: Any) -> None:
+        cu, table, _ = self.tables
+        self._launch(kernel, self.chunk_count * self.HV, arguments, cu_seqlens=cu, chunks=table)
+
+    def by_segment(self, kernel: Any, **arguments: Any) -> None:
+        cu, _, first = self.tables
+        programs = self.N * self.HV * (1 if arguments.get("WALK") else self.SPLIT)
+        self._launch(kernel, programs, arguments, cu_seqlens=cu, first_chunk=first)
+
+    def of_sequences(self, x: Tensor, segment: int) -> Tensor:
+        """Of what each segment has, the first's or last's."""
+        return x.unflatten(0, (self.N, self.SPLIT))[:, segment].contiguous()
+
+    def chain(self, maps: Tensor, steps: Tensor, x_0: Tensor | None, back: bool) -> Tensor:
+        """x before each segment (behind it, where back) from what the segments do to it."""
+        starts = torch.empty_like(steps)
+        width = steps.shape[3] if steps.ndim == 4 else 1
+        self._launch(
+            chain_kernel, self.N * self.HV,
+            {"maps": maps, "steps": steps, "x_0": x_0, "starts": starts, "BACK": back, "V": width},
+        )  # fmt: skip
+        return starts
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        return {
+            "tokens": self.k.shape[1], "H": self.k.shape[2], "HV": self.HV, "K": self.k.shape[3], "V": self.V,
+            "BK": self.BK, "C": self.C, "LEVELS": self.C.bit_length() - 1, "PACKED": self.cu_seqlens is not None,
+            "SPLIT": self.SPLIT, "DT": self.DT, "PRECISION": self.PRECISION, "EXACT": self.EXACT,
+        }  # fmt: skip
+
+    def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], **tables: Tensor | None) -> None:
+        everything = {**self.constants, **tables, **arguments}
+        takes = {name: everything[name] for name in kernel.arg_names if name in everything}
+
+        def grid(meta: dict[str, Any]) -> tuple[int]:
+            return (programs * (-(-meta.get("V", meta["K"]) // meta["BV"]) if kernel in _OVER_V else 1),)
+
+        launch(kernel, grid, self.k.device, **takes)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """What is left of d: d before each chunk, e of each token, in which chunks a clip fired, maps of segments."""
+
+    starts: Tensor | None = None
+    e: Tensor | None = None
+    active: Tensor | None = None
+    maps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The preconditioner's part of a call."""
+
+    call: _Call
+    k: Tensor
+    beta: Tensor | None
+    forget: Tensor | None
+    p: Preconditioner
+    l2norm: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "k": self.k, "beta": self.beta, "forget": self.forget, "eta": self.p.eta, "d_min": self.p.d_min,
+            "d_max": self.p.d_max, "AWARE": self.p.feedback == "beta_aware", "NORMALIZE": self.p.normalize_step,
+            "FORGET": self.forget is not None, "BOX": self.p.d_min > -math.inf or self.p.d_max < math.inf,
+        }  # fmt: skip
+
+    def solve(self, rk: Tensor | None) -> dict[str, Tensor]:
+        """What the passes over chunks read beside k."""
+        call = self.call
+        cells = (call.chunk_count, call.HV)
+        found = {"solve": call.new(*cells, call.C, call.C), "factors": call.new(*cells, 5, call.C)}
+        call.by_chunk(kernels.precondition_solve_kernel, rk=rk, L2NORM=self.l2norm, **found, **self.arguments)
+        return found
+
+    def passes(
+        self, kernel: Any, begin: str, x: Tensor | None, end: str, maps: Tensor | None, **arguments: Any
+    ) -> Tensor:
+        """From chunk to chunk as long as no clip fires, then, where one may, token by token in such chunks.
+
+        x, the argument `begin` of the kernel, is what a sequence begins with; what each segment ends with is returned.
+        """
+        call = self.call
+        ends = call.new(call.N * call.SPLIT, call.HV, self.k.shape[3])
+        stops = call.new(call.N * call.SPLIT, call.HV, dtype=torch.int32)
+        arguments |= {"stops": stops, end: ends}
+        if maps is not None:
+            call.by_segment(kernel, WALK=False, **arguments | {begin: None, "BOX": False})
+            x = call.chain(maps, ends, x, back=begin == "d_adj_end")
+        for walk in (False, True)[: 1 + arguments["BOX"]]:
+            call.by_segment(kernel, WALK=walk, **{begin: x}, **arguments)
+        return ends
+
+    def forward(self, d: Tensor, rk: Tensor | None) -> tuple[_Path, Tensor]:
+        """Where d goes, and d at the end; rk is filled in where keys are to be normalised."""
+        call, K = self.call, self.k.shape[3]
+        cells = (call.chunk_count, call.HV)
+        maps = call.new(call.N * call.SPLIT, call.HV, K, K) if call.SPLIT > 1 else None
+        path = _Path(call.new(*cells, K), call.tokens(call.HV), call.new(*cells, dtype=torch.int32), maps)
+        arguments = self.solve(rk) | self.arguments | {"rk": rk, **vars(path)}
+        if maps is not None:
+            call.by_segment(kernels.precondition_map_kernel, **arguments)
+        ends = self.passes(kernels.precondition_fwd_kernel, "d_0", d, "d_end", **arguments)
+        return path, call.of_sequences(ends, -1)
+
+    def locals(self) -> dict[str, Tensor]:
+        """What the adjoint of a chunk needs that depends on that chunk alone, still to be filled in."""
+        call = self.call
+        return {"h_local": call.tokens(call.HV), "adj_local": call.new(call.chunk_count, call.HV, self.k.shape[3])}
+
+    def backward(
+        self,
+        a: Tensor,
+        d_adj_end: Tensor | None,
+        rk: Tensor | None,
+        path: _Path,
+        local: Mapping[str, Tensor | None],
+        dk_rest: Tensor | None = None,
+        dbeta_rest: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Gradients of k, beta, forget, d_0 from `a`, that of d_t or, with the rest of k's, of the write key."""
+        call, (HV, K) = self.call, a.shape[2:]
+        p, adj_ends = call.tokens(HV), call.new(call.chunk_count, HV, K)
+        common = self.arguments | vars(path) | {
+            "a": a, "rk": rk, "p": p, "adj_ends": adj_ends, "OF_WRITE_KEY": dk_rest is not None,
+        }  # fmt: skip
+        passed = {**self.solve(rk), **common, **local}
+        adj_0 = self.passes(kernels.precondition_bwd_kernel, "d_adj_end", d_adj_end, "d_adj_0", **passed)
+        dk = call.tokens(HV, K, dtype=self.k.dtype)
+        dbeta = call.tokens(HV) if self.p.feedback == "beta_aware" else None
+        dforget = None if self.forget is None else call.tokens(HV)
+        call.by_chunk(
+            kernels.precondition_grads_kernel, dk=dk, dbeta=dbeta, dforget=dforget, dk_rest=dk_rest,
+            dbeta_rest=dbeta_rest, **common,
+        )  # fmt: skip
+        return dk, dbeta if dbeta is not None else dbeta_rest, dforget, call.of_sequences(adj_0, 0)
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """The delta rule's part of a call."""
+
+    call: _Call
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
+    rule: _Rule | None
+    l2norm: bool
+    scale: float
+
+    @property
+    def DECAY(self) -> int:
+        return 0 if self.g is None else self.g.ndim - 2
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {
+            "g": self.g, "beta": self.beta, "scale": self.scale, "DECAY": self.DECAY, "L2NORM": self.l2norm,
+            "PRECONDITIONED": self.rule is not None,
+        }  # fmt: skip
+
+    def intra(self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, T: Tensor | None) -> dict[str, Any]:
+        """What the passes over chunks read: q, k, w (with a channel's decays in them), P, and T unless given."""
+        call, HV, K = self.call, self.call.HV, self.k.shape[3]
+        square = (call.chunk_count, HV, call.C, call.C)
+        inverse = call.new(*square, dtype=call.stored) if T is None else None
+        P = call.new(*square, dtype=call.stored)
+        w = None if self.rule is None else call.tokens(HV, K, dtype=call.stored)
+        qx, kx, wx = (call.tokens(HV, K, dtype=call.stored) if self.DECAY == 2 else None for _ in range(3))
+        decay = call.new(call.chunk_count, HV, K) if self.DECAY == 2 else None
+        none = {"k": self.k, "forget": None, "eta": 0.0, "d_min": 0.0, "d_max": 0.0, "FORGET": False, "BOX": False}
+        rule = none if self.rule is None else self.rule.arguments
+        call.by_chunk(
+            delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, w=w, qx=qx, kx=kx, wx=wx, decay=decay, T=inverse, P=P,
+            SOLVE=T is None, **rule | self.common | vars(path or _Path()),
+        )  # fmt: skip
+        found = {"decay": decay, "T": inverse if T is None else T, "P": P, "rq": rq, "rk": rk, "w": w}
+        return found | ({} if qx is None else {"qx": qx, "kx": kx, "wx": wx})
+
+    def inter(self, kernel: Any, intra: dict[str, Any], **arguments: Any) -> None:
+        x = {"decay": None, **intra}
+        w = self.k if x["w"] is None else x["w"]
+        x["q"], x["k"], x["w"] = (x.pop(n + "x", y) for n, y in (("q", self.q), ("k", self.k), ("w", w)))
+        self.call.by_segment(kernel, HQ=x["q"].shape[2], HW=x["w"].shape[2], **x, **self.common, **arguments)
+
+    def forward(
+        self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, S: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """o, S at the end, and what is kept: T, P where that is not too much, S before and the maps of segments."""
+        call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
+        intra = self.intra(rq, rk, path, None)
+        o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
+        nothing = {"S_0": None, "o": None, "states": None, "U": None}
+        pass_on = partial(self.inter, delta.delta_inter_fwd_kernel, intra)
+        starts, maps = None, None
+        if call.SPLIT > 1:
+            maps = call.new(call.N * call.SPLIT, HV, K, K)
+            pass_on(**nothing | {"v": None, "V": K, "S_end": maps})
+            pass_on(**nothing | {"v": self.v, "S_end": ends})
+            S = starts = call.chain(maps, ends, S, back=False)
+        pass_on(**nothing | {"v": self.v, "S_0": S, "o": o, "S_end": ends})
+        # With w, or with q, k and w under a decay per channel, more would be kept than users of this layer expect.
+        P = None if self.rule is not None or self.DECAY == 2 else intra["P"]
+        return o, call.of_sequences(ends, -1), [intra["T"], P, starts, maps]
+
+    def backward(
+        self, do: Tensor, dS_end: Tensor | None, S: Tensor | None, kept: list[Tensor | None], rq: Tensor | None,
+        rk: Tensor | None, path: _Path | None,
+    ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:  # fmt: skip
+        """Gradients by name, and the preconditioner's `locals`; with a preconditioner, dk is that of k as used, without
+        the part that comes through w."""
+        call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
+        T, P, starts, maps = kept
+        intra = {"T": T, "P": P, "w": None, "rq": rq, "rk": rk} if P is not None else self.intra(rq, rk, path, T)
+        states, dstates = (call.new(call.chunk_count, HV, K, V, dtype=call.stored) for _ in range(2))
+        U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
+        S_0 = S if starts is None else starts
+        self.inter(delta.delta_inter_fwd_kernel, intra, v=self.v, S_0=S_0, o=None, S_end=None, states=states, U=U)
+        back = partial(self.inter, delta.delta_inter_bwd_kernel, intra, do=do)
+        first = call.new(call.N * call.SPLIT, HV, K, V)
+        if maps is not None:
+            back(dS_end=None, dB=None, dstates=None, dS_0=first)
+            dS_end = call.chain(maps, first, dS_end, back=True)
+        back(dS_end=dS_end, dB=dB, dstates=dstates, dS_0=first)
+        w = intra["w"]
+        del intra
+        found = {
+            "dq": call.tokens(HV, K, dtype=self.q.dtype),
+            "dk": call.tokens(HV, K, dtype=self.q.dtype if self.rule is None else call.stored),
+            "dv": torch.empty_like(self.v),
+            "dbeta": call.tokens(HV),
+            "dg": None if self.g is None else call.tokens(*self.g.shape[2:]),
+            "dw": None if self.rule is None else call.tokens(HV, K, dtype=call.stored),
+        }
+        local: dict[str, Tensor | None] = dict.fromkeys(("h_local", "adj_local"))
+        if self.rule is not None:
+            local |= self.rule.locals()
+        forget = None if self.rule is None else self.rule.forget
+        call.by_chunk(
+            delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=w, v=self.v, forget=forget, rq=rq, rk=rk, states=states,
+            dstates=dstates, U=U, dB=dB, do=do, FORGET=forget is not None, **found, **local, **self.common,
+        )  # fmt: skip
+        return found | {"dS": None if S is None else call.of_sequences(first, 0)}, local
+
+
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, forget: Tensor | None, cu_seqlens: Tensor | None,
+    preconditioned: bool, rule: list[float], l2norm: bool, scale: float, chunk_size: int,
+) -> _Delta:  # fmt: skip
+    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, chunk_size)
+    own = _Rule(call, k, beta, forget, _preconditioner(rule), l2norm) if preconditioned else None
+    return _Delta(call, q, k, v, beta, g, own, l2norm, scale)
+
+
+def _numbers(p: Preconditioner) -> list[float]:
+    """A rule as an operator's argument."""
+    return [p.eta, p.d_min, p.d_max, p.feedback == "beta_aware", p.normalize_step]
+
+
+def _preconditioner(rule: list[float]) -> Preconditioner:
+    eta, d_min, d_max, aware, normalize = rule
+    return Preconditioner(eta, "beta_aware" if aware else "beta_free", d_min, d_max, bool(normalize))
+
+
+def _or_empty(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Operators return tensors only: an empty one stands for None."""
+    return [like.new_empty(0) if x is None else x for x in tensors]
+
+
+def _or_none(*tensors: Tensor) -> list[Tensor | None]:
+    return [None if x.numel() == 0 else x for x in tensors]
+
+
+def _delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, forget: Tensor | None, S: Tensor | None,
+    d: Tensor | None, cu_seqlens: Tensor | None, rule: list[float], l2norm: bool, scale: float, chunk_size: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """o, S_end, d_end and what the backward needs: what `_Delta` keeps, norms of q and k, and the path of d."""
+    parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
+    rq, rk = (parts.call.tokens(k.shape[2]) if l2norm else None for _ in range(2))
+    path, d_end = (None, None) if parts.rule is None or d is None else parts.rule.forward(d, rk)
+    o, S_end, kept = parts.forward(rq, rk, path, S)
+    return o, S_end, *_or_empty(k, d_end, *kept, rq, rk, *vars(path or _Path()).values())
+
+
+def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, scale, chunk_size):  # type: ignore[no-untyped-def]
+    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, chunk_size)
+    n, HV, K, V = call.chunk_count, call.HV, k.shape[3], v.shape[3]
+    T, P = (call.new(n, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
+    segments = call.N * call.SPLIT
+    starts, maps = ((call.new(segments, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
+    norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
+    path = _path_fake(call) if d is not None else (None,) * 4
+    keeps = d is None and (g is None or g.ndim == 3)
+    found = (None if d is None else torch.empty_like(d), T, P if keeps else None, starts, maps, *norms, *path)
+    return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, *found)
+
+
+def _path_fake(call: _Call) -> tuple[Tensor | None, ...]:
+    n, HV, K = call.chunk_count, call.HV, call.k.shape[3]
+    maps = call.new(call.N * call.SPLIT, HV, K, K) if call.SPLIT > 1 else None
+    return call.new(n, HV, K), call.tokens(HV), call.new(n, HV, dtype=torch.int32), maps
+
+
+def _delta_rule_backward(
+    do: Tensor, dS: Tensor | None, dd: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
+    forget: Tensor | None, S: Tensor | None, d: Tensor | None, cu_seqlens: Tensor | None, rule: list[float], l2norm:
+    bool,
+    scale: float, chunk_size: int, saved: list[Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v, beta, g, forget, S and d; empty where there is no such input."""
+    parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
+    *kept, rq, rk = _or_none(*saved[:6])
+    path = _or_none(*saved[6:])
+    at = None if parts.rule is None else _Path(*path)
+    found, local = parts.backward(do, dS, S, kept, rq, rk, at)
+    dq, dk, dbeta, dw, dforget, dd_0 = (*(found[n] for n in ("dq", "dk", "dbeta", "dw")), None, None)
+    assert dq is not None
+    assert dk is not None
+    if parts.rule is not None and at is not None and dw is not None:
+        dk, dbeta, dforget, dd_0 = parts.rule.backward(dw, dd, rk, at, local, dk, dbeta)
+    groups = v.shape[2] // k.shape[2]
+    if groups > 1:
+        dq, dk = (x.unflatten(2, (-1, groups)).sum(3) for x in (dq, dk))
+    return tuple(_or_empty(k, dq, dk, found["dv"], dbeta, found["dg"], dforget, found["dS"], dd_0))
+
+
+def _delta_rule_backward_fake(do, dS, dd, q, k, v, beta, g, forget, S, d, *_):  # type: ignore[no-untyped-def]
+    gates = (None if x is None else torch.empty_like(x, dtype=torch.float32) for x in (beta, g, forget))
+    rest = (None if x is None else torch.empty_like(x) for x in (S, d))
+    return *(torch.empty_like(x) for x in (q, k, v)), *_or_empty(k, *gates, *rest)
+
+
+def _precondition(
+    k: Tensor, beta: Tensor | None, forget: Tensor | None, d: Tensor, cu_seqlens: Tensor | None, rule: list[float]
+) -> tuple[Tensor, ...]:
+    """d_t, d at the end and what the backward needs: d before each chunk, e, where clips fired."""
+    call = _Call(k, k.shape[2], 1, cu_seqlens, 64)
+    own = _Rule(call, k, beta, forget, _preconditioner(rule), False)
+    path, d_end = own.forward(d, None)
+    used = call.tokens(*k.shape[2:])
+    arguments = own.arguments | vars(path) | {"PRECISION": call.EXACT}
+    call.by_chunk(kernels.precondition_expand_kernel, rk=None, d=used, **arguments)
+    return used, d_end, *_or_empty(k, *vars(path).values())
+
+
+def _precondition_fake(k, beta, forget, d, cu_seqlens, rule):  # type: ignore[no-untyped-def]
+    call = _Call(k, k.shape[2], 1, cu_seqlens, 64)
+    return call.tokens(*k.shape[2:]), torch.empty_like(d), *_or_empty(k, *_path_fake(call))
+
+
+def _precondition_backward(
+    a: Tensor, dd: Tensor | None, k: Tensor, beta: Tensor | None, forget: Tensor | None, d: Tensor,
+    cu_seqlens: Tensor | None, rule: list[float], saved: list[Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of k, beta, forget and d_0; empty where there is no such input."""
+    own = _Rule(_Call(k, k.shape[2], 1, cu_seqlens, 64), k, beta, forget, _preconditioner(rule), False)
+    local = own.locals()
+    own.call.by_chunk(kernels.precondition_local_kernel, a=a, **local, **own.arguments)
+    dk, dbeta, dforget, dd_0 = own.backward(a, dd, None, _Path(*_or_none(*saved)), local)
+    if beta is not None and dbeta is None:
+        dbeta = torch.zeros_like(beta, dtype=torch.float32)
+    return dk, *_or_empty(k, dbeta, dforget), dd_0
+
+
+def _precondition_backward_fake(a, dd, k, beta, forget, d, *_):  # type: ignore[no-untyped-def]
+    gates = (None if x is None else torch.empty_like(x, dtype=torch.float32) for x in (beta, forget))
+    return torch.empty_like(k), *_or_empty(k, *gates), torch.empty_like(d)
+
+
+def _differentiable(
+    name: str,
+    schema: str,
+    results: str,
+    gradients: str,
+    outputs: int,
+    forward: Callable[..., tuple[Tensor, ...]],
+    forward_fake: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor, ...]],
+    backward_fake: Callable[..., Any],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """`forward` with gradients: an autograd.Function, and in compiled graphs an operator of torch.library.
+
+    The second alone would cost eager calls more of the host's time than the launches do. Of the results, the first
+    `outputs` are the
+    caller's and the others are saved for `backward`, which takes the gradients of the former, all inputs and the
+    latter.
+    """
+    tensors = sum(part.strip().startswith("Tensor") for part in schema.split(","))
+    cotangents = ", ".join(["Tensor grad"] + [f"Tensor? grad{i}" for i in range(1, outputs)])
+    operator = torch.library.custom_op(f"osdn::{name}", forward, mutates_args=(), schema=f"({schema}) -> ({results})")
+    operator.register_fake(forward_fake)
+    schema = f"({cotangents}, {schema}, Tensor[] saved) -> ({gradients})"
+    adjoint = torch.library.custom_op(f"osdn::{name}_backward", backward, mutates_args=(), schema=schema)
+    adjoint.register_fake(backward_fake)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.others, ctx.shape, ctx.dtype = inputs[tensors:], output[0].shape, output[0].dtype
+        ctx.mark_non_differentiable(*output[outputs:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:tensors], *output[outputs:])
+
+    def gradient(run: Callable[..., tuple[Tensor, ...]], ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        inputs, saved = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+        first, *rest = (None if x is None else x.contiguous() for x in grads[:outputs])
+        if first is None:
+            first = torch.zeros(ctx.shape, dtype=ctx.dtype, device=inputs[0].device)
+        found = run(first, *rest, *inputs, *ctx.others, list(saved))
+        known = (None if x is None else y.to(x.dtype) for x, y in zip(inputs[:-1], found))
+        return *known, *[None] * (1 + len(ctx.others))  # the last tensor is cu_seqlens
+
+    operator.register_autograd(partial(gradient, adjoint), setup_context=setup)
+
+    # Not with setup_context, for which PyTorch would look up the signature in every call.
+    def run(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = forward(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(run), "backward": staticmethod(partial(gradient, backward))}
+    function: Any = type(name, (torch.autograd.Function,), members)
+    return lambda *inputs: (operator if torch.compiler.is_compiling() else function.apply)(*inputs)
+
+
+def _tensors(count: int) -> str:
+    return ", ".join(["Tensor"] * count)
+
+
+delta_rule = _differentiable(
+    "triton_delta_rule",
+    "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? forget, Tensor? S, Tensor? d, Tensor? cu_seqlens, "
+    "float[] rule, bool l2norm, float scale, int chunk_size",
+    _tensors(13), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
+)  # fmt: skip
+precondition_rule = _differentiable(
+    "triton_precondition",
+    "Tensor k, Tensor? beta, Tensor? forget, Tensor d, Tensor? cu_seqlens, float[] rule",
+    _tensors(6), _tensors(4), 2, _precondition, _precondition_fake, _precondition_backward, _precondition_backward_fake,
+)  # fmt: skip
+
+
+def precondition(
+    k: Tensor, beta: Tensor | None, forget: Tensor | None, d: Tensor, cu_seqlens: Tensor | None, p: Preconditioner
+) -> tuple[Tensor, Tensor]:
+    used, d_end, *_ = precondition_rule(*_contiguous(k, beta, forget, d), cu_seqlens, _numbers(p))
+    return used, d_end
+
+
+def online_scaled_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    forget: Tensor | None,
+    S: Tensor | None,
+    d: Tensor | None,
+    cu_seqlens: Tensor | None,
+    p: Preconditioner | None,
+    scale: float,
+    chunk_size: int,
+    l2norm: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    rule = [] if p is None else _numbers(p)
+    o, S, d_end, *_ = delta_rule(
+        *_contiguous(q, k, v, beta, g, forget, S, d), cu_seqlens, rule, l2norm, scale, chunk_size
+    )
+    return o, S, None if p is None else d_end
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else x.contiguous() for x in tensors]

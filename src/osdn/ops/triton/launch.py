@@ -1,0 +1,102 @@
+"""How kernels are launched: every launch of this package goes through `launch`, with a config from `CONFIGS`.
+
+A config holds what changes speed and not results: block sizes, warps, pipeline stages. The first one that fits the
+device's shared memory is taken and remembered; nothing is timed at run time, so that a length or batch size never met
+before costs nothing, and reruns are bitwise equal.
+
+What compiles is not therefore right: of configs that were tried, some that spill many registers read shared memory
+out of bounds, and one wrote wrong results (docs/kernels.md). The tests run each of those here on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+Config = dict[str, int]
+Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+
+# By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
+CONFIGS: dict[str, list[Config]] = {
+    "precondition_solve_kernel": [{"BB": 32, "num_warps": 4}],
+    "precondition_fwd_kernel": [{"num_warps": 4}],
+    "precondition_map_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
+    "chain_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
+    "precondition_expand_kernel": [{"num_warps": 4}],
+    "precondition_local_kernel": [{"num_warps": 4}],
+    "precondition_bwd_kernel": [{"num_warps": 4}],
+    "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
+    "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4}],
+    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 16, "num_warps": 8}],
+    "delta_inter_fwd_kernel": [
+        {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
+        {"BV": 32, "num_warps": 4, "STAGES": 2},
+        {"BV": 16, "num_warps": 4, "STAGES": 2},
+    ],
+    "delta_inter_bwd_kernel": [
+        {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
+        {"BV": 32, "num_warps": 4, "STAGES": 2},
+        {"BV": 16, "num_warps": 4, "STAGES": 2},
+    ],
+    "delta_intra_bwd_kernel": [
+        {"BB": 128, "BV": 64, "num_warps": 8, "SINCE": 90},
+        {"BB": 32, "BV": 32, "num_warps": 8},
+    ],
+    "delta_intra_bwd_kernel, DECAY = 1": [
+        {"BB": 64, "BV": 64, "num_warps": 8, "SINCE": 90},
+        {"BB": 16, "BV": 32, "num_warps": 8},
+    ],
+    "delta_intra_bwd_kernel, DECAY = 2": [{"BB": 16, "BV": 64, "num_warps": 8}, {"BB": 16, "BV": 16, "num_warps": 8}],
+}
+
+_taken: dict[tuple[Any, ...], Config] = {}
+_constants: dict[str, list[str]] = {}
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """That of an NVIDIA GPU, 90 for Hopper; 0 for a GPU of another make. The interpreter passes for Hopper."""
+    if device.type != "cuda":
+        return 90
+    major, minor = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
+    """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
+    found = CONFIGS.get(f"{name}, DECAY = {arguments.get('DECAY')}", CONFIGS[name])
+    widest = {"BB": arguments.get("BK", 0), "BV": max(16, 1 << (arguments.get("V", 1) - 1).bit_length())}
+    return [
+        {n: min(x, widest.get(n, x)) for n, x in config.items() if n != "SINCE"}
+        for config in found
+        if config.get("SINCE", 0) <= since
+    ]
+
+
+def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> None:
+    """Run `kernel` over `grid(arguments and config)`; all arguments by keyword."""
+    name = kernel.__name__
+    if name not in _constants:
+        _constants[name] = list(kernel.fn.__annotations__)  # none but constexprs are annotated
+    key = (name, device, *map(arguments.get, _constants[name]))
+    candidates = [_taken[key]] if key in _taken else []
+    for config in candidates or configs(name, arguments, capability(device)):
+        try:
+            _run(kernel, grid, arguments, config)
+        except OutOfResources as error:  # of another dtype's tensors, too, under the same key
+            refused = error
+        else:
+            _taken[key] = config
+            return
+    if _taken.pop(key, None):
+        launch(kernel, grid, device, **arguments)
+    else:
+        raise refused
+
+
+def _run(kernel: Any, grid: Grid, arguments: dict[str, Any], config: Config) -> None:
+    kernel[grid({**arguments, **config})](**arguments, **config)

@@ -1,0 +1,613 @@
+"""Kernels of the preconditioner: d_{t+1} = clip(lambda_t d_t + eta e_t s_t, d_min, d_max), s = k^2, e = c1 - c2 <d, s>.
+
+    solve       M = (I + L)^-1 of every chunk, L_tj = eta c2_t R_{t-1,j} <s_t, s_j>        parallel over chunks
+    fwd         d before each chunk, and e: e = M (c1 - c2 G (s d)), d <- G_C d + eta A^T e     chunk after chunk
+    expand      d_t of every token, where it is asked for                                  parallel
+    local       what the adjoint of a chunk needs that does not depend on later chunks     parallel
+    bwd         p = M^T h and the adjoint before each chunk                               chunk after chunk, backwards
+    grads       gradients of k, beta, forget from p, e and the adjoints                     parallel
+
+R_tj = prod_{j < i <= t} lambda_i, G_t = prod_{i < t} lambda_i. A chunk in which a clip fires is finished by a scan of
+its
+tokens and marked `active`; everything else about it can be rebuilt from d before the chunk and e. All in float32, but
+for
+products of [C, K] tiles, which are docs/kernels.md's subject. Derivations: docs/math.md.
+"""
+
+import triton
+import triton.language as tl
+
+from osdn.ops.triton.shared import (
+    below,
+    between,
+    chunk_at,
+    invert,
+    per_token,
+    per_token_after,
+    per_token_before,
+    rows,
+    segment_length,
+    sequence_at,
+    store_rows,
+)
+
+
+@triton.jit
+def feedback(beta, n, first, end, h, heads, C: tl.constexpr, AWARE: tl.constexpr, NORMALIZE: tl.constexpr):
+    """c1, c2 [C] of e = c1 - c2 <d, s>, from n = sum s."""
+    if AWARE:
+        b = per_token(beta, first, end, h, heads, C)
+    else:
+        b = tl.full([C], 1.0, tl.float32)
+    c1 = b
+    c2 = b * b
+    if NORMALIZE:
+        c1 = c1 / (n + 1e-5)
+        c2 = c2 / (n + 1e-5)
+    return c1, c2
+
+
+@triton.jit
+def keys(k, rk, first, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """[C, BK] float32 keys as used: normalised when rk is given."""
+    x = rows(k, first, end, h // (HV // H), H, K, C, BK).to(tl.float32)
+    if rk is not None:
+        x *= per_token(rk, first, end, h // (HV // H), H, C)[:, None]
+    return x
+
+
+@triton.jit
+def key(k, rk, t, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, start=0):
+    """[BK] of one token."""
+    i = start + tl.arange(0, BK)
+    x = tl.load(k + (t * H + h // (HV // H)) * K + i, i < tl.where(t < end, K, 0), 0.0).to(tl.float32)
+    if rk is not None:
+        x *= tl.load(rk + t * H + h // (HV // H), t < end, 0.0)
+    return x
+
+
+@triton.jit
+def one(x, t, end, h, heads):
+    return tl.load(x + t * heads + h, t < end, 0.0).to(tl.float32)
+
+
+@triton.jit
+def clip(x, d_min, d_max):
+    x = tl.where(x < d_min, d_min, x)  # unlike minimum and maximum, this keeps a NaN
+    return tl.where(x > d_max, d_max, x)
+
+
+@triton.jit
+def kept_until(forget, first, end, h, heads, C: tl.constexpr):
+    """G_t [C] and G_C."""
+    G = tl.exp(tl.cumsum(per_token_before(forget, first, end, h, heads, C), 0))
+    return G, tl.exp(tl.sum(per_token(forget, first, end, h, heads, C), 0))
+
+
+@triton.jit
+def kept_after(forget, first, end, h, heads, C: tl.constexpr):
+    """prod_{i > t} lambda_i [C]."""
+    return tl.exp(tl.cumsum(per_token_after(forget, first, end, h, heads, C), 0, reverse=True))
+
+
+@triton.jit
+def walk(
+    k, rk, forget, e, d, first, end, h, eta, d_min, d_max,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
+    start=0,
+):  # fmt: skip
+    """The chunk's tokens one by one, e given: d_t [C, BK], and one bit per token where its clip was inactive [BK]."""
+    r = tl.arange(0, C)
+    D = tl.zeros([C, BK], tl.float32)
+    inside = tl.zeros([BK], tl.int64)
+    x_n = key(k, rk, first, end, h, H, HV, K, BK, start)
+    for j in range(0, C):
+        t = first + j
+        x = x_n
+        x_n = key(k, rk, t + 1, end, h, H, HV, K, BK, start)
+        D = tl.where(r[:, None] == j, d[None, :], D)
+        raw = eta * one(e, t, end, h, HV) * (x * x)
+        if FORGET:
+            raw += tl.exp(one(forget, t, end, h, HV)) * d
+        else:
+            raw += d
+        passes = (t >= end) | ((raw >= d_min) & (raw <= d_max))
+        d = tl.where(t < end, clip(raw, d_min, d_max), d)
+        inside = inside | (passes.to(tl.int64) << j)
+    return D, inside
+
+
+@triton.jit
+def path_weights(forget, e, first, end, h, eta, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
+    """W [C, C] and G [C] of d_t = G_t d + (W s)_t, where no clip fires."""
+    W = tl.zeros([C, C], tl.float32) + (eta * per_token(e, first, end, h, HV, C))[None, :]
+    G = tl.full([C], 1.0, tl.float32)
+    if FORGET:
+        W *= between(per_token_before(forget, first, end, h, HV, C), C, 1)
+        G, _ = kept_until(forget, first, end, h, HV, C)
+    return below(W, C, False), G
+
+
+@triton.jit
+def path(
+    W, G, k, rk, forget, e, d, s, first, end, h, fired, eta, d_min, d_max,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
+):  # fmt: skip
+    """d_t [C, BK] from d before the chunk; `inside` is all ones where no clip fired."""
+    inside = tl.full([BK], -1, tl.int64)
+    if fired:
+        D, inside = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
+    else:
+        D = G[:, None] * d[None, :] + tl.dot(W.to(DT), s.to(DT), input_precision=PRECISION)
+    return D, inside
+
+
+@triton.jit
+def precondition_solve_kernel(
+    k, rk, beta, forget, solve, factors, cu_seqlens, chunks, eta, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, L2NORM: tl.constexpr, AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """M = (I + L)^-1 -> solve [chunks, HV, C, C], and what the passes over chunks read beside it and k.
+
+    factors [chunks, HV, 5, C]: c1; c2 G_t, 1 and prod_{i > t} lambda_i, each times r^2,
+    with s = r^2 k^2; G_C. With L2NORM
+    r = rsqrt(sum k^2 + 1e-6) is also stored, in rk [tokens, H].
+    """
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    i = tl.arange(0, C)
+    x = rows(k, first, end, h // (HV // H), H, K, C, BK).to(tl.float32)
+    n = tl.sum(x * x, 1)
+    r2 = tl.full([C], 1.0, tl.float32)
+    if L2NORM:
+        r = tl.rsqrt(n + 1e-6)
+        r2 = r * r
+        tl.store(rk + (first + i) * H + h // (HV // H), r, first + i < end)
+    c1, c2 = feedback(beta, n * r2, first, end, h, HV, C, AWARE, NORMALIZE)
+    at = factors + (c * HV + h) * 5 * C + i
+    tl.store(at, c1)
+    tl.store(at + 2 * C, r2)
+    weights = (eta * c2 * r2)[:, None] * r2[None, :]
+    if FORGET:
+        weights *= between(per_token_before(forget, first, end, h, HV, C), C, 1)
+        G, kept = kept_until(forget, first, end, h, HV, C)
+        c2 *= G
+        tl.store(at + 3 * C, r2 * kept_after(forget, first, end, h, HV, C))
+        tl.store(at + 4 * C, tl.zeros([C], tl.float32) + kept)
+    tl.store(at + C, r2 * c2)
+    L = tl.zeros([C, C], tl.float32)
+    for block in range(0, BK // BB):
+        y = rows(k, first, end, h // (HV // H), H, K, C, BB, block * BB).to(tl.float32)
+        y *= y
+        L = tl.dot(y, tl.trans(y), L, input_precision=PRECISION)
+    M = invert(below(L * weights, C, False), C, LEVELS, PRECISION, EXACT)
+    tl.store(solve + (c * HV + h) * C * C + i[:, None] * C + i[None, :], M)
+
+
+@triton.jit
+def fetch(
+    k, solve, factors, m, c, begin, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, FORGET: tl.constexpr,
+):  # fmt: skip
+    """Of a segment's m-th chunk, k and what the solve left: M, c1, r^2 c2 G, r^2, r^2 prod lambda, G_C."""
+    j = tl.arange(0, C)
+    cell = (c + m) * HV + h
+    x = rows(k, begin + m * C, end, h // (HV // H), H, K, C, BK)
+    M = tl.load(solve + cell * C * C + j[:, None] * C + j[None, :])
+    at = factors + cell * 5 * C
+    r2 = tl.load(at + 2 * C + j)
+    behind = r2
+    kept = 1.0
+    if FORGET:
+        behind = tl.load(at + 3 * C + j)
+        kept = tl.load(at + 4 * C)
+    return x, M, tl.load(at + j), tl.load(at + C + j), r2, behind, kept
+
+
+@triton.jit
+def sums(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def precondition_fwd_kernel(
+    k, rk, beta, forget, solve, factors, d_0, starts, e, active, d_end, stops, cu_seqlens, first_chunk, eta, d_min,
+    d_max,
+    tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
+    WALK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], active [chunks, HV], d_end [segments, HV, K].
+
+    Without WALK, each segment up to the first chunk in which a clip might fire, whose number -> stops [segments, HV];
+    with it, each sequence from its first such chunk to its end.
+    """
+    n = tl.program_id(0) // HV
+    h = tl.program_id(0) % HV
+    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
+    i = tl.arange(0, BK)
+    j = tl.arange(0, C)
+    at = (n * HV + h).to(tl.int64) * K + i
+    count = tl.cdiv(end - begin, C).to(tl.int32)
+    m = 0
+    if WALK:
+        per = segment_length(begin, end, C, SPLIT).to(tl.int32)
+        m = count
+        for back in range(0, SPLIT):
+            g = SPLIT - 1 - back
+            stop = g * per + tl.load(stops + (n * SPLIT + g) * HV + h)
+            m = tl.where(stop < tl.minimum((g + 1) * per, count), stop, m)
+        if m >= count:
+            return
+        at += (SPLIT - 1) * HV * K * (n + 1)
+        d = tl.load(starts + ((c + m) * HV + h) * K + i, i < K, 0.0)
+    else:
+        d = tl.zeros([BK], tl.float32)
+        if d_0 is not None:
+            d = tl.load(d_0 + at, i < K, 0.0)
+    x, M, c1, c2, r2, behind, kept = fetch(
+        k, solve, factors, tl.minimum(m, tl.maximum(count - 1, 0)), c, begin, end, h, H, HV, K, C, BK, FORGET
+    )
+    limit = count
+    while m < limit:
+        # The next chunk is asked for while this one is worked on.
+        x_n, M_n, c1_n, c2_n, r2_n, behind_n, kept_n = fetch(
+            k, solve, factors, tl.minimum(m + 1, count - 1), c, begin, end, h, H, HV, K, C, BK, FORGET
+        )
+        first = begin + m * C
+        tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
+        xx = x.to(tl.float32)
+        xx *= xx
+        solved = tl.sum(M * (c1 - c2 * tl.sum(xx * d[None, :], 1))[None, :], 1)
+        step = eta * solved
+        safe = True
+        if BOX:
+            # No update can pass these sums; only where they pass the box do the tokens have to be walked through.
+            up = tl.maximum(step, 0.0) * r2
+            gain, up, down = tl.reduce(
+                (xx * (step * behind)[:, None], xx * up[:, None], xx * (step * r2 - up)[:, None]), 0, sums
+            )
+            new = kept * d + gain
+            low = tl.minimum(d, kept * d) + down
+            high = tl.maximum(d, kept * d) + up
+            safe = tl.min(((i >= K) | ((low >= d_min) & (high <= d_max))).to(tl.int32), 0) > 0
+        else:
+            new = kept * d + tl.sum(xx * (step * behind)[:, None], 0)
+        if WALK:
+            if not safe:
+                new = d
+                for u in range(0, C):
+                    t = first + u
+                    y = key(k, rk, t, end, h, H, HV, K, BK)
+                    sq = y * y
+                    b = 1.0
+                    if AWARE:
+                        b = one(beta, t, end, h, HV)
+                    error = b * (1.0 - b * tl.sum(new * sq, 0))
+                    if NORMALIZE:
+                        error /= tl.sum(sq, 0) + 1e-5
+                    raw_t = eta * error * sq
+                    if FORGET:
+                        raw_t += tl.exp(one(forget, t, end, h, HV)) * new
+                    else:
+                        raw_t += new
+                    new = tl.where(t < end, clip(raw_t, d_min, d_max), new)
+                    tl.store(e + t * HV + h, error, t < end)
+        elif not safe:
+            limit = m
+        tl.store(active + (c + m) * HV + h, tl.where(safe, 0, 1))
+        tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(safe, end, first))
+        d = new
+        x, M, c1, c2, r2, behind, kept = x_n, M_n, c1_n, c2_n, r2_n, behind_n, kept_n
+        m += 1
+    if not WALK:
+        tl.store(stops + n * HV + h, limit)
+    tl.store(d_end + at, d, i < K)
+
+
+@triton.jit
+def precondition_map_kernel(
+    k, solve, factors, maps, cu_seqlens, first_chunk, eta, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """How d at the end of each segment depends on d at its beginning -> maps [segments, HV, K, K], no clip fired."""
+    NV: tl.constexpr = (K + BV - 1) // BV
+    n = tl.program_id(0) // (NV * HV)
+    h = (tl.program_id(0) // NV) % HV
+    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    i = tl.arange(0, BK)
+    u = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
+    D = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
+    for m in range(0, tl.cdiv(end - begin, C)):
+        x, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
+        xx = x.to(tl.float32)
+        xx *= xx
+        X = tl.dot(xx, D, input_precision=PRECISION) * c2[:, None]
+        Y = tl.dot(M, X, input_precision=PRECISION) * (eta * behind)[:, None]
+        D = kept * D - tl.dot(tl.trans(xx), Y, input_precision=PRECISION)
+    at = maps + (n * HV + h).to(tl.int64) * K * K + i[:, None] * K + u[None, :]
+    tl.store(at, D, (i < K)[:, None] & (u < K)[None, :])
+
+
+@triton.jit
+def precondition_expand_kernel(
+    k, rk, forget, starts, e, active, d, cu_seqlens, chunks, eta, d_min, d_max, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_t -> d [tokens, HV, K] float32."""
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    i = tl.arange(0, BK)
+    start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+    fired = False
+    if BOX:
+        fired = tl.load(active + c * HV + h) > 0
+    W, G = path_weights(forget, e, first, end, h, eta, HV, C, FORGET)
+    D, _ = path(
+        W, G, k, rk, forget, e, start, x * x, first, end, h, fired, eta, d_min, d_max,
+        H, HV, K, C, BK, FORGET, tl.float32, PRECISION,
+    )  # fmt: skip
+    store_rows(d, D, first, end, h, HV, K, C, BK)
+
+
+@triton.jit
+def local_weights(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
+    """R_{j-1,t} [C, C] at (t, j), j > t, and G_t [C]."""
+    R = tl.full([C, C], 1.0, tl.float32)
+    G = tl.full([C], 1.0, tl.float32)
+    if FORGET:
+        R = between(per_token_before(forget, first, end, h, HV, C), C, 1)
+        G, _ = kept_until(forget, first, end, h, HV, C)
+    return tl.trans(below(R, C, False)), G
+
+
+@triton.jit
+def local(
+    R, G, y, s, adj_local, c, h, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr, start=0,
+):  # fmt: skip
+    """Of y [C, BK], the gradient of d_t in some channels: their part of <s_t, sum_{j > t} R_{j-1,t} y_j> [C], and
+    sum_t G_t y_t -> adj_local [chunks, HV, K]."""
+    i = start + tl.arange(0, BK)
+    tl.store(adj_local + (c * HV + h) * K + i, tl.sum(y * G[:, None], 0), i < K)
+    return tl.sum(s * tl.dot(R.to(DT), y.to(DT), input_precision=PRECISION), 1)
+
+
+@triton.jit
+def precondition_local_kernel(
+    a, k, forget, h_local, adj_local, cu_seqlens, chunks, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`local` -> h_local [tokens, HV] and adj_local where d_t was asked for; else delta_intra_bwd_kernel calls it."""
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    x = rows(k, first, end, h, HV, K, C, BK).to(tl.float32)
+    y = rows(a, first, end, h, HV, K, C, BK)
+    R, G = local_weights(forget, first, end, h, HV, C, FORGET)
+    t = first + tl.arange(0, C)
+    tl.store(h_local + t * HV + h, local(R, G, y, x * x, adj_local, c, h, HV, K, BK, DT, PRECISION), t < end)
+
+
+@triton.jit
+def fetch_back(
+    k, solve, factors, h_local, adj_local, active, m, c, begin, end, h, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr,
+):  # fmt: skip
+    x, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
+    i = tl.arange(0, BK)
+    hs = per_token(h_local, begin + m * C, end, h, HV, C)
+    behind_local = tl.load(adj_local + ((c + m) * HV + h) * K + i, i < K, 0.0)
+    fired = 0
+    if BOX:
+        fired = tl.load(active + (c + m) * HV + h)
+    return x, M, c1, c2, r2, behind, kept, hs, behind_local, fired
+
+
+@triton.jit
+def precondition_bwd_kernel(
+    a, k, rk, beta, forget, solve, factors, starts, e, active, h_local, adj_local, d_adj_end, p, adj_ends, d_adj_0,
+    stops,
+    cu_seqlens, first_chunk, eta, d_min, d_max, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
+    WALK: tl.constexpr, SPLIT: tl.constexpr, OF_WRITE_KEY: tl.constexpr,
+):  # fmt: skip
+    """p [tokens, HV] = <u_t, s_t>, the adjoint behind each chunk -> adj_ends [chunks, HV, K], before each segment ->
+    d_adj_0 [segments, HV, K].
+
+    Without WALK, each segment down to the last chunk in which a clip fired, whose number -> stops [segments, HV];
+    with it,
+    each sequence from its last such chunk to its beginning.
+    """
+    n = tl.program_id(0) // HV
+    h = tl.program_id(0) % HV
+    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
+    i = tl.arange(0, BK)
+    j = tl.arange(0, C)
+    at = (n * HV + h).to(tl.int64) * K + i
+    count = tl.cdiv(end - begin, C).to(tl.int32)
+    m = count - 1
+    if WALK:
+        per = segment_length(begin, end, C, SPLIT).to(tl.int32)
+        m = -1
+        for g in range(0, SPLIT):
+            stop = tl.load(stops + (n * SPLIT + g) * HV + h)
+            m = tl.where(stop >= 0, g * per + stop, m)
+        if m < 0:
+            return
+        at += (SPLIT - 1) * HV * K * n
+        adj = tl.load(adj_ends + ((c + m) * HV + h) * K + i, i < K, 0.0)
+    else:
+        adj = tl.zeros([BK], tl.float32)
+        if d_adj_end is not None:
+            adj = tl.load(d_adj_end + at, i < K, 0.0)
+    x, M, _c1, c2, _r2, behind, kept, hs, rest, fired = fetch_back(
+        k, solve, factors, h_local, adj_local, active, tl.maximum(m, 0), c, begin, end, h, H, HV, K, C, BK, FORGET, BOX
+    )
+    limit = -1
+    while m > limit:
+        x_n, M_n, _c1, c2_n, _r2, behind_n, kept_n, hs_n, rest_n, fired_n = fetch_back(
+            k,
+            solve,
+            factors,
+            h_local,
+            adj_local,
+            active,
+            tl.maximum(m - 1, 0),
+            c,
+            begin,
+            end,
+            h,
+            H,
+            HV,
+            K,
+            C,
+            BK,
+            FORGET,
+            BOX,
+        )
+        first = begin + m * C
+        row = ((c + m) * HV + h) * K + i
+        tl.store(adj_ends + row, adj, i < K)
+        xx = x.to(tl.float32)
+        xx *= xx
+        ps = tl.sum(M * (hs + behind * tl.sum(xx * adj[None, :], 1))[:, None], 0)
+        new = rest + kept * adj - tl.sum(xx * (eta * c2 * ps)[:, None], 0)
+        if WALK and BOX:
+            if fired > 0:
+                start = tl.load(starts + row, i < K, 0.0)
+                _path, inside = walk(k, rk, forget, e, start, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET)
+                new = adj
+                for u in range(0, C):
+                    v = C - 1 - u
+                    t = first + v
+                    y = key(k, rk, t, end, h, H, HV, K, BK)
+                    sq = y * y
+                    da = tl.load(a + (t * HV + h) * K + i, i < tl.where(t < end, K, 0), 0.0).to(tl.float32)
+                    if OF_WRITE_KEY:
+                        da *= y
+                    b = 1.0
+                    if AWARE:
+                        b = one(beta, t, end, h, HV)
+                    b *= b
+                    if NORMALIZE:
+                        b /= tl.sum(sq, 0) + 1e-5
+                    through = tl.where(((inside >> v) & 1) == 1, new, 0.0)
+                    p_t = tl.sum(through * sq, 0)
+                    tl.store(p + t * HV + h, p_t, t < end)
+                    if FORGET:
+                        through *= tl.exp(one(forget, t, end, h, HV))
+                    new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
+        else:
+            limit = tl.where(fired > 0, m, limit)
+        tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(fired > 0, first, end))
+        adj = new
+        x, M, c2, behind, kept = x_n, M_n, c2_n, behind_n, kept_n
+        hs, rest, fired = hs_n, rest_n, fired_n
+        m -= 1
+    if not WALK:
+        tl.store(stops + n * HV + h, limit)
+    tl.store(d_adj_0 + at, adj, i < K)
+
+
+@triton.jit
+def precondition_grads_kernel(
+    a, k, rk, beta, forget, starts, e, active, p, adj_ends, dk_rest, dbeta_rest, dk, dbeta, dforget,
+    cu_seqlens, chunks, eta, d_min, d_max, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
+    OF_WRITE_KEY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of k (as stored), beta and forget, the delta rule's own parts dk_rest (of k as used), dbeta_rest added.
+
+    ds = eta e u - eta c2 p d, dc1 = eta p, dc2 = -eta p x, dlambda = <u, d>.
+    """
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    i = tl.arange(0, BK)
+    j = tl.arange(0, C)
+    t = first + j
+    row = (c * HV + h) * K + i
+    # All that is read comes first: each wait for memory behind a branch would be one more.
+    start = tl.load(starts + row, i < K, 0.0)
+    adj = tl.load(adj_ends + row, i < K, 0.0)
+    fired = False
+    if BOX:
+        fired = tl.load(active + c * HV + h) > 0
+    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    dw = rows(a, first, end, h, HV, K, C, BK)
+    if OF_WRITE_KEY:
+        rest = rows(dk_rest, first, end, h, HV, K, C, BK)
+        db = per_token(dbeta_rest, first, end, h, HV, C) if AWARE else None
+    errors = per_token(e, first, end, h, HV, C)
+    ps = eta * per_token(p, first, end, h, HV, C)
+    W, G = path_weights(forget, e, first, end, h, eta, HV, C, FORGET)
+    R, _ = local_weights(forget, first, end, h, HV, C, FORGET)
+    R = R.to(DT)
+    behind = tl.full([C], 1.0, tl.float32)
+    if FORGET:
+        behind = kept_after(forget, first, end, h, HV, C)
+        lam = tl.exp(per_token(forget, first, end, h, HV, C))
+    s = x * x
+    c1, c2 = feedback(beta, tl.sum(s, 1), first, end, h, HV, C, AWARE, NORMALIZE)
+    D, inside = path(
+        W, G, k, rk, forget, e, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
+        PRECISION,
+    )  # fmt: skip
+    y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
+    z = y - (c2 * ps)[:, None] * s
+    if fired:
+        U = tl.zeros([C, BK], tl.float32)
+        for back in range(0, C):
+            v = C - 1 - back
+            live = first + v < end
+            U = tl.where(j[:, None] == v, tl.where(((inside >> v) & 1) == 1, adj, 0.0)[None, :], U)
+            through = tl.sum(tl.where(j[:, None] == v, U, 0.0), 0)
+            if FORGET:
+                through *= tl.exp(one(forget, first + v, end, h, HV))
+            adj = tl.where(live, tl.sum(tl.where(j[:, None] == v, z, 0.0), 0) + through, adj)
+    else:
+        U = behind[:, None] * adj[None, :] + tl.dot(R, z.to(DT), input_precision=PRECISION)
+    ds = (eta * errors)[:, None] * U - (c2 * ps)[:, None] * D
+    dc1 = ps
+    dc2 = -ps * tl.sum(D * s, 1)
+    if NORMALIZE:
+        n = tl.sum(s, 1) + 1e-5
+        ds -= ((dc1 * c1 + dc2 * c2) / n)[:, None]
+        dc1 = dc1 / n
+        dc2 = dc2 / n
+    dx = 2.0 * x * ds
+    if OF_WRITE_KEY:
+        dx += D * dw.to(tl.float32) + rest.to(tl.float32)
+    if rk is not None:
+        dx = (dx - x * tl.sum(x * dx, 1)[:, None]) * per_token(rk, first, end, h // (HV // H), H, C)[:, None]
+    store_rows(dk, dx, first, end, h, HV, K, C, BK)
+    if AWARE:
+        change = dc1 + 2.0 * per_token(beta, first, end, h, HV, C) * dc2
+        if OF_WRITE_KEY:
+            change += db
+        tl.store(dbeta + t * HV + h, change, t < end)
+    if FORGET:
+        tl.store(dforget + t * HV + h, tl.sum(U * D, 1) * lam, t < end)

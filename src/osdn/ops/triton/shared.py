@@ -1,0 +1,191 @@
+"""What several kernels need: where a chunk lies, decays between tokens, the triangular inverse.
+
+Letters: C chunk length, K key dim, V value dim, H key heads, HV value heads; BK, BV powers of two at least K and (a
+block of) V. Chunks are numbered through all sequences; the chunks of packed sequences are looked up in tables that the
+host fills on the device, so that no length has to travel back.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chunk_at(c, tokens, cu_seqlens, chunks, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token of chunk c and the end of its sequence; (0, 0) for a chunk number that no chunk has."""
+    if PACKED:
+        n = tl.load(chunks + 2 * c)
+        exists = n >= 0
+        begin = tl.load(cu_seqlens + n, mask=exists, other=0).to(tl.int64)
+        end = tl.load(cu_seqlens + n + 1, mask=exists, other=0).to(tl.int64)
+        first = begin + tl.load(chunks + 2 * c + 1) * C
+    else:
+        per = tl.cdiv(tokens, C)
+        n = (c // per).to(tl.int64)
+        first = n * tokens + (c % per) * C
+        end = (n + 1) * tokens
+    return first, end
+
+
+@triton.jit
+def sequence_at(n, tokens, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr):
+    """First token, end and first chunk of the n-th segment, where each sequence has SPLIT segments of whole chunks."""
+    g = n % SPLIT
+    n = n // SPLIT
+    if PACKED:
+        begin = tl.load(cu_seqlens + n).to(tl.int64)
+        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
+        chunk = tl.load(first_chunk + n).to(tl.int64)
+    else:
+        begin = n.to(tl.int64) * tokens
+        end = begin + tokens
+        chunk = n.to(tl.int64) * tl.cdiv(tokens, C)
+    per = segment_length(begin, end, C, SPLIT)
+    first = tl.minimum(begin + g * per * C, end)
+    return first, tl.minimum(begin + (g + 1) * per * C, end), chunk + g * per
+
+
+@triton.jit
+def segment_length(begin, end, C: tl.constexpr, SPLIT: tl.constexpr):
+    """In chunks; the last segments may be shorter or empty."""
+    return tl.cdiv(tl.cdiv(end - begin, C), SPLIT)
+
+
+@triton.jit
+def rows(x, first, end, h, heads, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, start=0):
+    """[C, BN] of x [tokens, heads, N] as stored, columns from `start` on; 0 outside."""
+    t = first + tl.arange(0, C)
+    i = start + tl.arange(0, BN)
+    return tl.load(x + ((t * heads + h) * N)[:, None] + i[None, :], (t < end)[:, None] & (i < N)[None, :], 0.0)
+
+
+@triton.jit
+def store_rows(x, value, first, end, h, heads, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, start=0):
+    """What `rows` would load."""
+    t = first + tl.arange(0, C)
+    i = start + tl.arange(0, BN)
+    at = ((t * heads + h) * N)[:, None] + i[None, :]
+    tl.store(x + at, value.to(x.dtype.element_ty), (t < end)[:, None] & (i < N)[None, :])
+
+
+@triton.jit
+def per_token(x, first, end, h, heads, C: tl.constexpr):
+    """[C] float32 of x [tokens, heads], 0 outside [first, end)."""
+    t = first + tl.arange(0, C)
+    return tl.load(x + t * heads + h, t < end, 0.0).to(tl.float32)
+
+
+@triton.jit
+def per_token_before(x, first, end, h, heads, C: tl.constexpr):
+    """[C] float32: x of the token before, 0 for the chunk's first."""
+    i = tl.arange(0, C)
+    return tl.load(x + (first + i - 1) * heads + h, (i > 0) & (first + i < end), 0.0).to(tl.float32)
+
+
+@triton.jit
+def per_token_after(x, first, end, h, heads, C: tl.constexpr):
+    """[C] float32: x of the token behind, 0 for the chunk's last."""
+    i = tl.arange(0, C)
+    return tl.load(x + (first + i + 1) * heads + h, (i < C - 1) & (first + i + 1 < end), 0.0).to(tl.float32)
+
+
+@triton.jit
+def between(f, C: tl.constexpr, SKIP: tl.constexpr):
+    """[C, C] exp(sum_{j + SKIP < i <= t} f_i) at (t, j). Summed as such: differences of sums cancel under wipes."""
+    i = tl.arange(0, C)
+    return tl.exp(tl.cumsum(tl.where(i[:, None] > i[None, :] + SKIP, f[:, None], 0.0), 0))
+
+
+@triton.jit
+def below(A, C: tl.constexpr, DIAGONAL: tl.constexpr):
+    i = tl.arange(0, C)
+    if DIAGONAL:
+        A = tl.where(i[:, None] >= i[None, :], A, 0.0)
+    else:
+        A = tl.where(i[:, None] > i[None, :], A, 0.0)
+    return A
+
+
+@triton.jit
+def diagonal(A, C: tl.constexpr, L: tl.constexpr):
+    """[C / L, L, L]: the blocks on the diagonal of A [C, C]."""
+    i = tl.arange(0, C // L)
+    same = i[:, None, None, None] == i[None, None, :, None]
+    return tl.sum(tl.where(same, tl.reshape(A, [C // L, L, C // L, L]), 0.0), 2)
+
+
+@triton.jit
+def widen(X, N: tl.constexpr, L: tl.constexpr):
+    """[N / 2, 2L, 2L] with two blocks of X [N, L, L] each on their diagonals."""
+    i = tl.arange(0, 2)
+    same = i[None, :, None, None, None] == i[None, None, None, :, None]
+    return tl.reshape(tl.where(same, tl.reshape(X, [N // 2, 2, L, 1, L]), 0.0), [N // 2, 2 * L, 2 * L])
+
+
+@triton.jit
+def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """(I + A)^-1 for A [C, C] strictly below the diagonal, C = 2^LEVELS >= 16.
+
+    By doubling: with X the inverse of the diagonal blocks of length h and B the part of A between the halves of the
+    blocks of length 2h, X - X B X is the inverse of the latter. Every X is an inverse of blocks of I + A, so nothing
+    grows that is not large in the result. EXACT is the precision of blocks up to 16, PRECISION that of larger ones.
+    """
+    i = tl.arange(0, 16)[None, :, None]
+    j = tl.arange(0, 16)[None, None, :]
+    blocks = diagonal(A, C, 16)
+    X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, blocks, 0.0)
+    for level in tl.static_range(1, 4):
+        B = tl.where(((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) != (j >> level)), blocks, 0.0)
+        X -= tl.dot(tl.dot(X, B, input_precision=EXACT), X, input_precision=EXACT)
+    for level in tl.static_range(4, LEVELS):
+        X = widen(X, C >> level, 1 << level)
+        r = tl.arange(0, 2 << level)
+        halves = (r[:, None] >= (1 << level)) & (r[None, :] < (1 << level))
+        if 2 << level == C:  # a batch of one would be computed by each warp anew
+            X = tl.reshape(X, [C, C])
+            B = tl.where(halves, A, 0.0)
+        else:
+            B = tl.where(halves[None, :, :], diagonal(A, C, 2 << level), 0.0)
+        X -= tl.dot(tl.dot(X, B, input_precision=PRECISION), X, input_precision=PRECISION)
+    return tl.reshape(X, [C, C])
+
+
+@triton.jit
+def chain_kernel(
+    maps, steps, x_0, starts, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x <- M_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: M_g^T, last first.
+
+    maps [segments, HV, K, K]; steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    BR: tl.constexpr = 32 if BK > 32 else BK
+    n = tl.program_id(0) // (NV * HV)
+    h = (tl.program_id(0) // NV) % HV
+    i = tl.arange(0, BK)
+    u = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
+    entries = i[:, None] * V + u[None, :]
+    inside = (i < K)[:, None] & (u < V)[None, :]
+    x = tl.zeros([BK, BV], tl.float32)
+    if x_0 is not None:
+        x = tl.load(x_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
+    first = n * SPLIT + (SPLIT - 1 if BACK else 0)
+    tl.store(starts + (first * HV + h).to(tl.int64) * K * V + entries, x, inside)
+    for step in range(0, SPLIT - 1):
+        g = first - step if BACK else first + step
+        cell = (g * HV + h).to(tl.int64)
+        after = starts + ((g - 1 if BACK else g + 1) * HV + h).to(tl.int64) * K * V
+        for block in range(0, BK // BR):
+            # A block of rows at a time: all of M in three terms of tf32 would not fit in registers.
+            r = block * BR + tl.arange(0, BR)
+            if BACK:
+                at = i[None, :] * K + r[:, None]
+            else:
+                at = r[:, None] * K + i[None, :]
+            M = tl.load(maps + cell * K * K + at, (r < K)[:, None] & (i < K)[None, :], 0.0)
+            rows_of = r[:, None] * V + u[None, :]
+            live = (r < K)[:, None] & (u < V)[None, :]
+            y = tl.load(steps + cell * K * V + rows_of, live, 0.0) + tl.dot(M, x, input_precision=PRECISION)
+            tl.store(after + rows_of, y, live)
+        tl.debug_barrier()
+        x = tl.load(after + entries, inside, 0.0)

@@ -1,0 +1,503 @@
+"""The Triton kernels against the definition: on a GPU, or in Triton's interpreter on CPU tensors (see conftest.py).
+
+The interpreter takes about a second for each thousand tokens that a kernel walks through one by one, so what it runs is
+small and dense; a GPU runs the same and more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from inputs import BOX, OUTPUTS, Case, as_backend, errors, run, worst
+from mutants import KERNEL_MUTANTS, mutate_kernels
+
+import osdn
+from osdn.ops import dispatch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LACKS = dispatch.why_not_triton(torch.empty(1, 1, 1, 4, device=DEVICE))
+pytestmark = [
+    pytest.mark.skipif(bool(LACKS), reason=LACKS or "nothing lacks"),
+    # Triton 3.6's interpreter.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    # What a solve that overflows prints in the interpreter.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+
+FREE = (0.0, math.inf)
+NONE = (-math.inf, math.inf)
+SOME = (0.3, 1.8)
+
+SMALL = [
+    Case(T=50, B=1, H=1, feedback="beta_aware", forget=True, box=SOME, eta=2.0, chunk_size=16, seed=3),
+    # Empty sequences, one whole chunk, one token; fewer chunks than programs; grouped heads; clips in every chunk.
+    Case(lengths=(0, 16, 1, 0), H=1, HV=2, V=20, decay="scalar", box=BOX, chunk_size=16, qk_l2norm=True),
+    Case(T=70, B=1, H=1, K=40, V=70, decay="channel", forget=True, feedback="beta_aware", qk_l2norm=True, box=NONE),
+    Case(T=20, H=1, K=17, decay="channel", box=BOX, chunk_size=16, normalize_step=True, feedback="beta_aware"),
+    Case(lengths=(20, 30), H=1, K=9, decay="scalar", forget=True, normalize_step=True, chunk_size=32, eta=1.0),
+    Case(T=33, H=1, HV=2, K=16, V=16, decay="channel", plain=True, qk_l2norm=True, chunk_size=16),
+    Case(T=70, B=1, H=1, plain=True),
+]
+DECAYS = (None, "scalar", "channel")
+WIDE = Case(T=1000, H=2, HV=4, K=128, V=128, forget=True, qk_l2norm=True, eta=40.0)
+PACKED = Case(lengths=(0, 300, 1, 64, 170, 0), K=100, V=60, decay="channel", forget=True, box=BOX, eta=30.0)
+LARGE = [
+    *(replace(WIDE, decay=decay) for decay in DECAYS),
+    replace(WIDE, T=300, decay="scalar", box=(0.9, 1.1), chunk_size=32),
+    replace(WIDE, T=127, decay="channel", chunk_size=16),
+    *(replace(WIDE, T=500, decay=decay, forget=False, plain=True) for decay in DECAYS),
+    *(
+        Case(T=T, K=60, V=100, decay=decay, feedback="beta_aware", forget=True, box=BOX, eta=20.0)
+        for T in (1, 2, 15, 63, 64, 65)
+        for decay in DECAYS
+    ),
+    *(replace(PACKED, decay=decay) for decay in DECAYS),
+    *(Case(T=200, B=1, K=256, V=256, decay=decay, eta=80.0, qk_l2norm=True) for decay in DECAYS),
+    Case(T=200, K=128, V=64, normalize_step=True, decay="scalar", eta=40.0),
+]
+ON_GPU = [pytest.param(case, marks=gpu, id=str(case)) for case in LARGE]
+
+
+def on_device(x):
+    return {n: None if y is None else y.to(DEVICE) for n, y in x.items()}
+
+
+def double(x):
+    return {n: None if y is None else y.double() for n, y in x.items()}
+
+
+def kernels(case, x, **kwargs):
+    return {n: y.cpu() for n, y in run(case, on_device(x), "triton", **kwargs).items()}
+
+
+def floor(case, dtype):
+    """What an error may be where that of `chunked` happens to be small.
+
+    fp32: 4 ulp; 16 with a state decay, whose gradient is a running sum of terms that cancel, most of all in short
+    sequences, and whose factors exp(y) are relative to a token of the chunk and have an error of |y| ulp. A GPU is
+    allowed twice that, since it makes a product of fp32 from three of tf32 and drops the fourth. fp16 is computed as
+    fp32. bf16: 2 ulp, as the kernels round operands of products to 8 bits, several one after another, and `chunked`
+    does not.
+    """
+    if dtype == torch.bfloat16:
+        return 2 * torch.finfo(dtype).eps
+    return (4 if case.decay is None else 16) * (2 if DEVICE == "cuda" else 1) * torch.finfo(torch.float32).eps
+
+
+def bars(case, x):
+    """The exact results, and what an error may be: twice that of `chunked`, and the floor.
+
+    Results of a low precision are themselves rounded: 1 ulp more, since what `chunked` gets by luck is no bar. With a
+    box, rounding decides whether a value next to a bound clips, which turns a gradient on or off: that happens to one
+    in a million, and in large cases 1e-2 of the norm is allowed for it. There, float64 in chunks is exact enough.
+    """
+    large = case in LARGE
+    exact, chunked = (
+        {n: y.cpu() for n, y in run(case, on_device(y), backend).items()}
+        for y, backend in ((double(x), "chunked" if large else "reference"), (x, "chunked"))
+    )
+    allowed = {}
+    for n, error in errors(case, chunked, exact).items():
+        ulp = torch.finfo(chunked[n].dtype).eps if chunked[n].dtype.itemsize == 2 else 0.0
+        flips = 1e-2 if large and math.isfinite(case.box[1]) and n.startswith("grad") else 0.0
+        allowed[n] = 2 * error.max() + floor(case, x["q"].dtype) + ulp + flips
+    return exact, allowed
+
+
+def excess(case, got, exact, allowed):
+    """The largest error, over all results, heads and sequences, in units of what is allowed; and whose it is."""
+    return worst({n: e / allowed[n] for n, e in errors(case, got, exact).items()})
+
+
+@pytest.mark.parametrize("case", [*SMALL, *ON_GPU], ids=str)
+def test_matches_the_definition(case):
+    x = case.tensors(torch.float32)
+    over, name = excess(case, kernels(case, x), *bars(case, x))
+    assert over <= 1, (name, over)
+
+
+def in_segments(few, monkeypatch, module):
+    """Have sequences of more than one chunk split, or none."""
+    for name, x in (("PROGRAMS", 64), ("SEGMENT", 1), ("SEGMENTS", 2 if few else 1000)):
+        monkeypatch.setattr(module, name, x)
+    return True
+
+
+# The last segment of the first is empty.
+SEGMENTED = [
+    Case(T=41, B=1, H=1, K=8, forget=True, feedback="beta_aware", box=BOX, chunk_size=16),
+    Case(lengths=(40, 0, 1, 70), H=1, HV=2, K=9, decay="channel", forget=True, chunk_size=16, qk_l2norm=True),
+    Case(T=100, H=1, K=9, V=20, decay="scalar", box=BOX, chunk_size=32),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *SEGMENTED,
+        *(pytest.param(replace(case, T=1000, K=60, eta=20.0), marks=gpu) for case in (SEGMENTED[0], SEGMENTED[2])),
+        *(pytest.param(replace(WIDE, decay=decay), marks=gpu) for decay in DECAYS),
+    ],
+    ids=str,
+)
+def test_matches_the_definition_in_segments(case, monkeypatch):
+    from osdn.ops.triton import function
+
+    in_segments(True, monkeypatch, function)
+    x = case.tensors(torch.float32)
+    over, name = excess(case, kernels(case, x), *bars(case, x))
+    assert over <= 1, (name, over)
+
+
+@pytest.fixture
+def active(monkeypatch):
+    """By chunk, whether clips fired: filled in by each pass over chunks."""
+    from osdn.ops.triton import launch
+
+    seen, plain = [], launch._run
+
+    def spy(kernel, grid, arguments, config):
+        plain(kernel, grid, arguments, config)
+        if kernel.__name__ == "precondition_fwd_kernel":
+            seen.append(arguments["active"])
+
+    monkeypatch.setattr(launch, "_run", spy)
+    return seen
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_walks_through_tokens_only_where_clips_may_fire(few, monkeypatch, active):
+    from osdn.ops.triton import function
+
+    in_segments(few, monkeypatch, function)
+    case = replace(SMALL[0], T=90, box=BOX, eta=4.0)
+    x = case.tensors(torch.float32)
+    x["d"].clamp_(0.9, 1.0)
+    x["forget"].mul_(1e-3)  # or d falls below the box by itself
+    x["k"][:, :32] *= 0.05  # two of six chunks
+    over, name = excess(case, kernels(case, x), *bars(case, x))
+    assert over <= 1, (name, over)
+    assert active[-1].flatten().tolist()[:3] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (SMALL[2], torch.bfloat16),
+        (SMALL[2], torch.float16),
+        *(pytest.param(case, torch.bfloat16, marks=gpu) for case in LARGE),
+        *(pytest.param(case, torch.float16, marks=gpu) for case in LARGE[:3]),
+    ],
+    ids=str,
+)
+def test_matches_the_definition_in_low_precision(case, dtype):
+    x = case.tensors(dtype)
+    over, name = excess(case, kernels(case, x), *bars(case, x))
+    assert over <= 1, (name, over)
+
+
+def rule(case, x, backend, beta=True):
+    """The preconditioner alone: d of each token, d at the end, and gradients."""
+    names = [n for n in ("k", "beta", "forget", "d") if x[n] is not None and (beta or n != "beta")]
+    leaves = {n: x[n].clone().requires_grad_() for n in names}
+    d, d_T = osdn.precondition(
+        leaves["k"],
+        leaves.get("beta"),
+        preconditioner=case.preconditioner,
+        forget=leaves.get("forget"),
+        initial_d=leaves["d"],
+        cu_seqlens=case.cu_seqlens,
+        backend=backend,
+    )
+    gen = torch.Generator().manual_seed(1)
+    loss = sum((y * torch.randn(y.shape, generator=gen, dtype=torch.float64).to(y)).sum() for y in (d, d_T))
+    grads = dict(zip([f"grad {n}" for n in names], torch.autograd.grad(loss, list(leaves.values()))))
+    return {n: y.detach().cpu() for n, y in {"d": d, "d_T": d_T, **grads}.items()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=66, B=1, H=1, feedback="beta_aware", forget=True, box=BOX, normalize_step=True),
+        Case(lengths=(0, 23, 1, 64, 0), H=1, K=17, box=NONE, forget=True),
+        *(
+            pytest.param(Case(T=T, K=K, feedback=feedback, forget=True, box=BOX, eta=K / 4), marks=gpu)
+            for T in (1, 65, 1000)
+            for K in (60, 128, 256)
+            for feedback in ("beta_free", "beta_aware")
+        ),
+    ],
+    ids=str,
+)
+def test_precondition_alone(case):
+    x = case.tensors(torch.float32)
+    beta = case.feedback == "beta_aware"
+    exact = rule(case, double(x), "reference", beta)
+    chunked = errors(case, rule(case, x, "chunked", beta), exact)
+    got = errors(case, rule(case, on_device(x), "triton", beta), exact)
+    over, name = worst({n: e / (2 * chunked[n].max() + floor(case, torch.float32)) for n, e in got.items()})
+    assert over <= 1, (name, over)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_sums_of_decays_do_not_cancel(decay):
+    """A wipe of exp(-8e6) must not cost the mild decays around it any digit; nor the gradients, which stay finite."""
+    case = Case(T=40, B=1, H=1, decay=decay, forget=True, chunk_size=32, box=NONE, feedback="beta_aware")
+    x = case.tensors(torch.float32)
+    x["g"][:, 5], x["forget"][:, 20] = -8e6, -8e6
+    over, name = excess(case, kernels(case, x), *bars(case, x))
+    assert over <= 1, (name, over)
+
+
+def test_a_step_so_large_that_the_solve_overflows():
+    """There d is the box's doing alone, in each backend."""
+    case = Case(T=40, B=1, H=1, eta=1e20, box=BOX, forget=True)
+    x = case.tensors(torch.float32)
+    got, want = (rule(case, y, backend, beta=False)["d"] for y, backend in ((on_device(x), "triton"), (x, "reference")))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("decay", [None, "scalar", "channel"])
+def test_steps_are_the_recurrence(decay):
+    """The kernel of decoding; test_step.py has more of it."""
+    case = Case(T=5, K=20, V=24, B=2, H=1, HV=2, decay=decay, forget=True, box=BOX, feedback="beta_aware")
+    x = case.tensors(torch.float32)
+    want = run(case, double(x), "reference", grads=False)
+    one = on_device(x)
+    state = osdn.DeltaState(one.pop("S"), one.pop("d"))
+    o = [
+        osdn.online_scaled_delta_step(
+            **{n: None if y is None else y[:, t] for n, y in one.items()},
+            state=state,
+            preconditioner=case.preconditioner,
+            qk_l2norm=False,
+            backend="triton",
+        )
+        for t in range(case.T)
+    ]
+    got = dict(zip(OUTPUTS, (torch.stack(o, 1).cpu(), state.S.cpu(), state.d.cpu())))
+    # 4 ulp: five tokens, of one rounding each that counts.
+    over, name = worst(errors(case, got, want))
+    assert over < 4 * torch.finfo(torch.float32).eps, name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(lengths=(0, 16, 1, 0), H=1, decay="channel", forget=True, box=BOX, chunk_size=16),
+        pytest.param(PACKED, marks=gpu),
+    ],
+    ids=str,
+)
+def test_reads_no_uninitialised_memory(case):
+    """`torch.empty` filled with NaN: the same bits come out."""
+    x = case.tensors(torch.float32)
+    plain = kernels(case, x)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(3, device=DEVICE).isnan().all()
+        poisoned = kernels(case, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(y.isfinite().all() for y in plain.values())
+    assert [n for n in plain if not torch.equal(plain[n], poisoned[n])] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "its kernels compute in float32 and the inputs are float64"),
+        ({"K": 257}, "its kernels take head dimensions up to 256 and K = 257"),
+    ],
+    ids=str,
+)
+def test_refuses_what_the_kernels_do_not_take(change, message):
+    size = {"K": 4, "V": 4, "dtype": torch.float32, **change}
+    q, v = (torch.zeros(1, 2, 1, size[n], dtype=size["dtype"], device=DEVICE) for n in ("K", "V"))
+    with pytest.raises(ValueError, match=f"'triton' is not available, since {message}; 'chunked' runs"):
+        osdn.online_scaled_delta_rule(q, q, v, q[..., 0], preconditioner=None, backend="triton")
+
+
+def test_refuses_cpu_tensors(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(ValueError, match="since the tensors are on cpu and its kernels run on GPUs; 'chunked' runs"):
+        osdn.online_scaled_delta_rule(q, q, q, q[..., 0], preconditioner=None, backend="triton")
+    with pytest.raises(ValueError, match="since the tensors are on cpu and its kernels run on GPUs; 'chunked' runs"):
+        osdn.precondition(q, None, preconditioner=osdn.Preconditioner(), initial_d=q[:, 0], backend="triton")
+
+
+# Without a box, all clipped, in segments: between them they run every line that a mutant changes.
+DISCRIMINATING = [
+    Case(T=20, B=1, H=1, K=8, decay="scalar", forget=True, feedback="beta_aware", box=NONE, chunk_size=16),
+    Case(T=16, B=1, H=1, K=8, decay="channel", forget=True, box=BOX, chunk_size=16),
+    SEGMENTED[0],
+]
+
+
+@cache
+def discriminating(n):
+    case = DISCRIMINATING[n]
+    x = case.tensors(torch.float32)
+    return case, x, *bars(case, x)
+
+
+def holds(module, monkeypatch):
+    as_backend(monkeypatch, "triton", module)
+    found = (discriminating(n) for n in range(len(DISCRIMINATING)) if in_segments(n == 2, monkeypatch, module))
+    return all(excess(case, kernels(case, x), exact, allowed)[0] <= 1 for case, x, exact, allowed in found)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: there, an edit costs no compilation")
+@pytest.mark.parametrize("name", [None, *KERNEL_MUTANTS])
+def test_mutant_is_killed(name, tmp_path, monkeypatch):
+    assert holds(mutate_kernels(name, tmp_path), monkeypatch) == (name is None)
+
+
+def test_saves_little_more_than_the_plain_delta_rule(monkeypatch):
+    """Against what flash-linear-attention's `chunk_delta_rule` keeps: q, k, v, beta, two norms, T, the first state."""
+    from osdn.ops.triton import launch
+
+    monkeypatch.setattr(launch, "_run", lambda *_: None)
+    B, T, H, K = 2, 512, 2, 128
+    q, k, v = (torch.zeros(B, T, H, K, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(3))
+    beta, forget = (torch.zeros(B, T, H, device=DEVICE, requires_grad=True) for _ in range(2))
+    state = osdn.DeltaState(torch.zeros(B, H, K, K, device=DEVICE), torch.ones(B, H, K, device=DEVICE))
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.setdefault(y.data_ptr(), y), lambda y: y):
+        p = osdn.Preconditioner(d_max=2.0)
+        osdn.online_scaled_delta_rule(
+            q, k, v, beta, forget=forget, preconditioner=p, initial_state=state, backend="triton"
+        )
+    theirs = sum(y.nbytes for y in (q, k, v, beta, state.S)) + B * T * H * (2 * 4 + 64 * 2)
+    # Both would keep the gates that are inputs anyway.
+    assert sum(y.nbytes for y in kept.values()) - forget.nbytes <= 1.15 * theirs
+
+
+def test_operators_are_what_pytorch_expects(monkeypatch):
+    """Shapes and dtypes are told without running, as PyTorch's own checker finds."""
+    case = Case(lengths=(3,), H=1, HV=2, decay="scalar", forget=True, feedback="beta_aware", box=NONE, chunk_size=16)
+    x = on_device(case.tensors(torch.float32))
+    calls, plain = {}, torch.library.CustomOpDef.__call__
+    monkeypatch.setattr(
+        torch.library.CustomOpDef, "__call__", lambda op, *args: (calls.setdefault(op, args), plain(op, *args))[1]
+    )
+    eager = run(case, x, "triton")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # operators are for compiled graphs
+    whole = run(case, x, "triton")
+    assert all(torch.equal(eager[n], whole[n]) for n in eager)
+    rule(case, x | {"k": x["k"].repeat_interleave(2, 2)}, "triton")
+    monkeypatch.undo()
+    assert len(calls) == 4
+    for op, args in calls.items():
+        torch.library.opcheck(op, args, test_utils="test_faketensor")
+
+
+def test_compile_keeps_the_graph_whole():
+    case = Case(T=20, B=1, H=1, decay="scalar", forget=True, feedback="beta_aware", chunk_size=16)
+    x = {n: y.requires_grad_() for n, y in on_device(case.tensors(torch.float32)).items()}
+
+    def f(q, k, v, beta, g, forget, S, d):
+        o, state = osdn.online_scaled_delta_rule(
+            *(q, k, v, beta),
+            g=g,
+            forget=forget,
+            preconditioner=case.preconditioner,
+            initial_state=osdn.DeltaState(S, d),
+            output_final_state=True,
+            backend="triton",
+        )
+        return o.sum() + state.S.sum() + state.d.sum()
+
+    compiled = torch.compile(f, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    for a, b in zip(*(torch.autograd.grad(call(**x), list(x.values())) for call in (f, compiled))):
+        assert torch.equal(a, b)
+
+
+# ---- what only a GPU shows
+
+
+@gpu
+@pytest.mark.parametrize("case", [LARGE[2], PACKED], ids=str)
+def test_reruns_are_bitwise_equal(case):
+    x = on_device(case.tensors(torch.bfloat16))
+    first = run(case, x, "triton")
+    for _ in range(100):
+        again = run(case, x, "triton")
+        assert [n for n in first if not torch.equal(first[n], again[n])] == []
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_every_config_gives_the_result(decay, dtype, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from osdn.ops.triton import launch
+
+    case = replace(WIDE, T=200, decay=decay)
+    x = case.tensors(dtype)
+    exact, allowed = bars(case, x)
+    for name, configs in launch.CONFIGS.items():
+        for n, config in enumerate(configs):
+            monkeypatch.setitem(launch.CONFIGS, name, [config])
+            monkeypatch.setattr(launch, "_taken", {})
+            try:
+                got = kernels(case, x)
+            except OutOfResources:
+                assert n < len(configs) - 1, (name, config)  # the last one is to fit everywhere
+                continue
+            over, what = excess(case, got, exact, allowed)
+            assert over <= 1, (name, config, what, over)
+        monkeypatch.setitem(launch.CONFIGS, name, configs)
+
+
+@gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("B", "T", "K", "V"), [(4097, 4096, 128, 16), (70_000, 16, 16, 16)])
+def test_many_elements_and_many_programs(B, T, K, V, packed):
+    """Past 2^31 elements, and past the 65,535 programs of a grid's second axis: the last row is as it is alone."""
+    torch.cuda.empty_cache()
+    gen = torch.Generator(DEVICE).manual_seed(0)
+    shape = (1, B * T) if packed else (B, T)
+    x = {
+        n: torch.randn(*shape, 1, size, generator=gen, device=DEVICE, dtype=torch.bfloat16)
+        for n, size in (("q", K), ("k", K), ("v", V))
+    } | {"beta": torch.rand(*shape, 1, generator=gen, device=DEVICE)}
+    assert x["k"].numel() > 2**31 or B > 65535
+
+    def results(x, bounds):
+        leaves = [y.requires_grad_() for y in x.values()]
+        o, _ = osdn.online_scaled_delta_rule(
+            *leaves,
+            preconditioner=osdn.Preconditioner(20.0, "beta_aware", 0.5, 1.5),
+            cu_seqlens=bounds,
+            backend="triton",
+        )
+        grads = torch.autograd.grad(o, leaves, torch.ones_like(o))
+        return [y.flatten(0, 1)[-T:].clone() for y in (o, *grads)]
+
+    bounds = torch.arange(0, B * T + 1, T) if packed else None
+    alone = {n: y.detach().flatten(0, 1)[-T:].clone()[None] for n, y in x.items()}
+    whole = results(x, bounds)
+    assert all(torch.equal(a, b) for a, b in zip(whole, results(alone, None if bounds is None else bounds[:2])))
+
+
+@gpu
+def test_memory_is_given_back_and_the_same_each_time():
+    x = on_device(WIDE.tensors(torch.bfloat16))
+    seen = []
+    for _ in range(5):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(WIDE, x, "triton")
+        seen.append((torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before))
+    # The first call may be the one that loads libraries.
+    assert {left for left, _ in seen[1:]} == {0}
+    assert len({peak for _, peak in seen[1:]}) == 1
