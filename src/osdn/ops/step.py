@@ -121,7 +121,7 @@ def _step(
     """An operator, so that a compiled graph stays whole; the backend is chosen in here, out of the compiler's sight."""
     p = None if d is None else Preconditioner(eta, feedback, d_min, d_max, normalize_step)
     if backend == "auto" and not os.environ.get("OSDN_BACKEND"):
-        backend = "reference" if dispatch.why_not_triton(q) else "triton"
+        backend = "reference" if dispatch.why_not_triton_unasked(q) else "triton"
     args = (q, k, v, beta, g, forget, S, d, slots, p, scale, qk_l2norm)
     if dispatch.choose(q[:, None], backend).backend == "triton":
         from osdn.ops.triton.recurrent import delta_step

@@ -10,7 +10,8 @@ out of bounds, and one wrote wrong results (docs/kernels.md). The tests run each
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -86,7 +87,8 @@ def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> N
     candidates = [_taken[key]] if key in _taken else []
     for config in candidates or configs(name, arguments, capability(device)):
         try:
-            _run(kernel, grid, arguments, config)
+            with on(device):
+                _run(kernel, grid, arguments, config)
         except OutOfResources as error:  # of another dtype's tensors, too, under the same key
             refused = error
         else:
@@ -100,3 +102,13 @@ def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> N
 
 def _run(kernel: Any, grid: Grid, arguments: dict[str, Any], config: Config) -> None:
     kernel[grid({**arguments, **config})](**arguments, **config)
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        yield
+    else:
+        with torch.cuda.device(device):
+            yield
