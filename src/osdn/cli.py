@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
 
 
@@ -36,7 +37,7 @@ class Compare:
         compare(experiment, out=self.out, workers=self.workers, checkpoint_every=self.checkpoint_every)
 
 
-SUBCOMMANDS: dict[str, Callable[..., Compare]] = {"compare": Compare}
+SUBCOMMANDS: dict[str, Callable[..., Compare | Bench]] = {"compare": Compare, "bench": Bench}
 
 
 def main(arguments: list[str] | None = None) -> int:

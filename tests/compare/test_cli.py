@@ -50,3 +50,8 @@ def test_a_bad_request_is_one_line(arguments, message, capsys, tmp_path, monkeyp
     if "--seeds" not in arguments:
         assert error.startswith("osdn: ")
         assert error.count("\n") == 1
+
+
+def test_bench_is_a_subcommand(capsys):
+    assert main(["bench", "--shapes", "b8-t4096-h8"]) == 2
+    assert "belong to --suite gpu" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m osdn.bench`: gate, measure, report."""
+"""`osdn bench`, `python -m osdn.bench`: gate, measure, report."""
 
 from __future__ import annotations
 
@@ -42,6 +42,17 @@ class Config:
     selection: tyro.conf.OmitArgPrefixes[gpu.Selection] = field(default_factory=gpu.Selection)
     merge: tuple[Path, ...] = ()
     """Measure nothing: put the runs of these results of the GPU suite into one, and print its bars."""
+
+    def run(self) -> None:
+        """Print the table, write the files. Raises ValueError for a selection that selects nothing."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.suite == "gpu" or self.merge:
+            _gpu(self, SUITES["gpu"])
+        elif self.selection != gpu.Selection():
+            raise ValueError("--shapes, --decays, --only, --limit, --peer-limit and --commit belong to --suite gpu")
+        else:
+            _cpu(self, SUITES["cpu"])
 
 
 def run(config: Config, suite: Suite) -> dict[str, Any]:
@@ -129,17 +140,9 @@ def _gpu(config: Config, suite: Suite) -> None:
 
 
 def main() -> None:
-    """Measure as the command line says, print the table, write the files."""
-    config = tyro.cli(Config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    """`osdn bench`, as a module."""
     try:
-        if config.suite == "gpu" or config.merge:
-            _gpu(config, SUITES["gpu"])
-        elif config.selection != gpu.Selection():
-            raise ValueError("--shapes, --decays, --only, --limit, --peer-limit and --commit belong to --suite gpu")
-        else:
-            _cpu(config, SUITES["cpu"])
+        tyro.cli(Config).run()
     except ValueError as error:
         print(f"osdn.bench: {error}", file=sys.stderr)
         sys.exit(2)
