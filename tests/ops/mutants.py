@@ -170,8 +170,8 @@ KERNEL_MUTANTS = {
     ),
     "first token sees lambda": (
         "precondition",
-        "G = tl.exp(tl.cumsum(per_token_before(",
-        "G = tl.exp(tl.cumsum(per_token(",
+        "c2 *= exp(before)",
+        "c2 *= exp(upto)",
     ),
     "aware feedback without the inner beta": ("precondition", "c2 = b * b", "c2 = b"),
     "no box": ("precondition", ".to(tl.int32), 0) > 0", ".to(tl.int32), 0) >= 0"),
@@ -201,8 +201,8 @@ KERNEL_MUTANTS = {
     "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
     "segment with a clip passed on": (
         "precondition",
-        "m = tl.where(stop < tl.minimum",
-        "m = tl.where(stop < 0 * tl.minimum",
+        "begun = tl.where(stop < tl.minimum",
+        "begun = tl.where(stop < 0 * tl.minimum",
     ),
     "gradient without the feedback's x": ("precondition", "dc2 = -ps * tl.sum(D * s, 1)", "dc2 = 0.0 * ps"),
     "gradient of lambda, not of its logarithm": ("precondition", "tl.sum(U * D, 1) * lam", "tl.sum(U * D, 1)"),

@@ -558,6 +558,7 @@ def test_the_layer_steps_states_of_any_layout(layer_and_calls, monkeypatch):
 
 
 @one_layer
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch 2.11's inductor
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_decoding_layer_compiles_to_one_graph(layer_and_calls, mode, monkeypatch):
     layer, _ = layer_and_calls

@@ -80,13 +80,13 @@ def floor(case, dtype):
 
     fp32: 4 ulp; 16 with a state decay, whose gradient is a running sum of terms that cancel, most of all in short
     sequences, and whose factors exp(y) are relative to a token of the chunk and have an error of |y| ulp. A GPU is
-    allowed twice that, since it makes a product of fp32 from three of tf32 and drops the fourth. fp16 is computed as
-    fp32. bf16: 2 ulp, as the kernels round operands of products to 8 bits, several one after another, and `chunked`
+    allowed three times that, since it makes a product of fp32 from three of tf32, drops the fourth, and truncates as it
+    sums. fp16 is computed as fp32. bf16: 2 ulp, as the kernels round operands of products to 8 bits, several one after another, and `chunked`
     does not.
     """
     if dtype == torch.bfloat16:
         return 2 * torch.finfo(dtype).eps
-    return (4 if case.decay is None else 16) * (2 if DEVICE == "cuda" else 1) * torch.finfo(torch.float32).eps
+    return (4 if case.decay is None else 16) * (3 if DEVICE == "cuda" else 1) * torch.finfo(torch.float32).eps
 
 
 def bars(case, x):
@@ -104,7 +104,7 @@ def bars(case, x):
     allowed = {}
     for n, error in errors(case, chunked, exact).items():
         ulp = torch.finfo(chunked[n].dtype).eps if chunked[n].dtype.itemsize == 2 else 0.0
-        flips = 1e-2 if large and math.isfinite(case.box[1]) and n.startswith("grad") else 0.0
+        flips = 1e-2 if large and case.box != NONE and n.startswith("grad") else 0.0
         allowed[n] = 2 * error.max() + floor(case, x["q"].dtype) + ulp + flips
     return exact, allowed
 
@@ -190,7 +190,8 @@ def test_walks_through_tokens_only_where_clips_may_fire(few, monkeypatch, active
     [
         (SMALL[2], torch.bfloat16),
         (SMALL[2], torch.float16),
-        *(pytest.param(case, torch.bfloat16, marks=gpu) for case in LARGE),
+        # Of one token, the gradient of beta is a number, in which v and S^T k may cancel.
+        *(pytest.param(case, torch.bfloat16, marks=gpu) for case in LARGE if case.T > 1),
         *(pytest.param(case, torch.float16, marks=gpu) for case in LARGE[:3]),
     ],
     ids=str,
@@ -399,6 +400,7 @@ def test_operators_are_what_pytorch_expects(monkeypatch):
         torch.library.opcheck(op, args, test_utils="test_faketensor")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch 2.11's inductor
 def test_compile_keeps_the_graph_whole():
     case = Case(T=20, B=1, H=1, decay="scalar", forget=True, feedback="beta_aware", chunk_size=16)
     x = {n: y.requires_grad_() for n, y in on_device(case.tensors(torch.float32)).items()}
@@ -461,8 +463,11 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
 @gpu
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("B", "T", "K", "V"), [(4097, 4096, 128, 16), (70_000, 16, 16, 16)])
-def test_many_elements_and_many_programs(B, T, K, V, packed):
+def test_many_elements_and_many_programs(B, T, K, V, packed, monkeypatch):
     """Past 2^31 elements, and past the 65,535 programs of a grid's second axis: the last row is as it is alone."""
+    from osdn.ops.triton import function
+
+    in_segments(False, monkeypatch, function)  # alone it would be cut up, and rounded otherwise
     torch.cuda.empty_cache()
     gen = torch.Generator(DEVICE).manual_seed(0)
     shape = (1, B * T) if packed else (B, T)

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from statistics import median, quantiles
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from osdn.bench.cases import DECAYS, Case, Inputs, Shape, Suite, check_claim, compare, gate, results
 from osdn.bench.device import Cuda, Device
 from osdn.bench.measure import MODES, Call, call, interleaved
-from osdn.compare.provenance import provenance
+from osdn.compare.provenance import provenance, versions
 
 Run = dict[str, Any]
 
@@ -86,12 +85,7 @@ def _choose(what: str, known: Mapping[str, Any], patterns: tuple[str, ...]) -> d
 
 def _start(suite: Suite, chosen: Selection, repeats: int, seed: int, quick: bool) -> Run:
     here = provenance()
-    packages: dict[str, str | None] = {}
-    for name in ("triton", "fla-core", "flash-linear-attention", "flash-qla", "tilelang"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
+    packages = versions("triton", "fla-core", "flash-linear-attention", "flash-qla", "tilelang")
     limits = {"limit": None if chosen.limit == math.inf else chosen.limit, "peer_limit": chosen.peer_limit}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

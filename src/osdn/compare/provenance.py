@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,21 @@ def provenance() -> dict[str, Any]:
     """Commit, versions, device and threads of this process, as plain JSON."""
     return {
         "commit": _commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("osdn", "torch", "transformers")},
+        "versions": {"python": platform.python_version()} | versions("osdn", "torch", "transformers"),
         "device": f"cpu ({_processor()})",
         "threads": torch.get_num_threads(),
     }
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """None for a package that is not installed, as osdn where it is run from its source."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _commit() -> str | None:

@@ -17,14 +17,15 @@ Derivations: docs/math.md; what is rounded to bf16: docs/kernels.md.
 import triton
 import triton.language as tl
 
-from osdn.ops.triton.precondition import local, local_weights, path, path_weights
+from osdn.ops.triton.precondition import path, path_weights
 from osdn.ops.triton.shared import (
     below,
     between,
     chunk_at,
+    exp,
     invert,
+    log_sums,
     per_token,
-    per_token_after,
     rows,
     sequence_at,
     store_rows,
@@ -165,7 +166,8 @@ def delta_intra_fwd_kernel(
             PP = tl.dot(qr, wt, PP, input_precision=PRECISION)
     A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
     if DECAY == 1:
-        R = between(per_token(g, first, end, h, HV, C), C, 0)
+        _, upto, _ = log_sums(g, first, end, h, HV, C)
+        R = between(upto, upto, C)
         A *= R
         PP *= R
     if DECAY == 2:
@@ -174,15 +176,14 @@ def delta_intra_fwd_kernel(
     square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
     tl.store(P + square, below(PP, C, True).to(P.dtype.element_ty))
     if SOLVE:
-        tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION, EXACT).to(T.dtype.element_ty))
+        tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION).to(T.dtype.element_ty))
 
 
 @triton.jit
 def scalar_decay(g, first, end, h, HV: tl.constexpr, C: tl.constexpr):
     """exp of the sums of g up to each token and behind it [C], and over the chunk."""
-    x = per_token(g, first, end, h, HV, C)
-    behind = per_token_after(g, first, end, h, HV, C)
-    return tl.exp(tl.cumsum(x, 0)), tl.exp(tl.cumsum(behind, 0, reverse=True)), tl.exp(tl.sum(x, 0))
+    _, upto, whole = log_sums(g, first, end, h, HV, C)
+    return exp(upto), exp(whole - upto), exp(whole)
 
 
 @triton.jit
@@ -351,12 +352,11 @@ def spread(
 
 @triton.jit
 def delta_intra_bwd_kernel(
-    q, k, w, v, beta, g, forget, rq, rk, states, dstates, U, dB, do, dq, dk, dw, dv, dbeta, dg, h_local, adj_local,
-    cu_seqlens, chunks, scale, tokens,
+    q, k, w, v, beta, g, rq, rk, states, dstates, U, dB, do, dq, dk, dw, dv, dbeta, dg, cu_seqlens, chunks, scale,
+    tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
-    PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
+    PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dq, dk [tokens, HV, K], dv [tokens, HV, V], dbeta, dg; PRECONDITIONED: dk of k as used and without w's part,
     and dw.
@@ -399,7 +399,8 @@ def delta_intra_bwd_kernel(
     kept = 1.0
     if DECAY == 1:
         upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
-        decays = between(per_token(g, first, end, h, HV, C), C, 0)
+        _, sums, _ = log_sums(g, first, end, h, HV, C)
+        decays = between(sums, sums, C)
         dP *= decays
         dA *= decays
     if DECAY == 2:
@@ -408,7 +409,6 @@ def delta_intra_bwd_kernel(
     dP = dP.to(DT)
     dA = dA.to(DT)
     lost = tl.zeros([], tl.float32)
-    hs = tl.zeros([C], tl.float32)
     dg_row = tl.zeros([C], tl.float32)
     total_q = tl.zeros([C], tl.float32)
     total_k = tl.zeros([C], tl.float32)
@@ -487,11 +487,7 @@ def delta_intra_bwd_kernel(
         store_rows(dk, dka, first, end, h, HV, K, C, BB, at)
         if PRECONDITIONED:
             store_rows(dw, dwa, first, end, h, HV, K, C, BB, at)
-            R, G = local_weights(forget, first, end, h, HV, C, FORGET)
-            hs += local(R, G, dwa * kn, kn * kn, adj_local, c, h, HV, K, BB, DT, PRECISION, at)
     tl.store(dbeta + t * HV + h, db, t < end)
-    if PRECONDITIONED:
-        tl.store(h_local + t * HV + h, hs, t < end)
     if DECAY == 1:
         tl.store(dg + t * HV + h, tl.cumsum(dg_row, 0, reverse=True) + lost, t < end)
     if L2NORM and BK != BB:

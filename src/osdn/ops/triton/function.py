@@ -11,7 +11,7 @@ or fp32, q and k not yet normalised, fewer key than value heads); states are flo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -157,12 +157,13 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Path:
-    """What is left of d: d before each chunk, e of each token, in which chunks a clip fired, maps of segments."""
+    """What is left of d: d before each chunk, e of each token, in which chunks a clip fired, maps of segments, M."""
 
     starts: Tensor | None = None
     e: Tensor | None = None
     active: Tensor | None = None
     maps: Tensor | None = None
+    solve: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -184,13 +185,17 @@ class _Rule:
             "FORGET": self.forget is not None, "BOX": self.p.d_min > -math.inf or self.p.d_max < math.inf,
         }  # fmt: skip
 
-    def solve(self, rk: Tensor | None) -> dict[str, Tensor]:
-        """What the passes over chunks read beside k."""
+    def solve(self, rk: Tensor | None, path: _Path, found: Tensor | None) -> dict[str, Tensor | None]:
+        """What the passes over chunks read beside k; M is in `found` and, as it is kept, in the path, where it is
+        unless `found` is to be filled in."""
         call = self.call
-        cells = (call.chunk_count, call.HV)
-        found = {"solve": call.new(*cells, call.C, call.C), "factors": call.new(*cells, 5, call.C)}
-        call.by_chunk(kernels.precondition_solve_kernel, rk=rk, L2NORM=self.l2norm, **found, **self.arguments)
-        return found
+        factors = call.new(call.chunk_count, call.HV, 5, call.C)
+        kept = None if found is path.solve else path.solve
+        call.by_chunk(
+            kernels.precondition_solve_kernel, rk=rk, L2NORM=self.l2norm, solve=found, kept=kept, factors=factors,
+            SOLVE=found is not None, **self.arguments,
+        )  # fmt: skip
+        return {"solve": path.solve if found is None else found, "factors": factors}
 
     def passes(
         self, kernel: Any, begin: str, x: Tensor | None, end: str, maps: Tensor | None, **arguments: Any
@@ -215,17 +220,14 @@ class _Rule:
         call, K = self.call, self.k.shape[3]
         cells = (call.chunk_count, call.HV)
         maps = call.new(call.N * call.SPLIT, call.HV, K, K) if call.SPLIT > 1 else None
-        path = _Path(call.new(*cells, K), call.tokens(call.HV), call.new(*cells, dtype=torch.int32), maps)
-        arguments = self.solve(rk) | self.arguments | {"rk": rk, **vars(path)}
+        kept = call.new(*cells, call.C, call.C, dtype=call.stored)
+        path = _Path(call.new(*cells, K), call.tokens(call.HV), call.new(*cells, dtype=torch.int32), maps, kept)
+        found = kept if kept.dtype == torch.float32 else call.new(*kept.shape)
+        arguments = {**vars(path), **self.solve(rk, path, found), **self.arguments, "rk": rk}
         if maps is not None:
             call.by_segment(kernels.precondition_map_kernel, **arguments)
         ends = self.passes(kernels.precondition_fwd_kernel, "d_0", d, "d_end", **arguments)
         return path, call.of_sequences(ends, -1)
-
-    def locals(self) -> dict[str, Tensor]:
-        """What the adjoint of a chunk needs that depends on that chunk alone, still to be filled in."""
-        call = self.call
-        return {"h_local": call.tokens(call.HV), "adj_local": call.new(call.chunk_count, call.HV, self.k.shape[3])}
 
     def backward(
         self,
@@ -233,17 +235,18 @@ class _Rule:
         d_adj_end: Tensor | None,
         rk: Tensor | None,
         path: _Path,
-        local: Mapping[str, Tensor | None],
         dk_rest: Tensor | None = None,
         dbeta_rest: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Gradients of k, beta, forget, d_0 from `a`, that of d_t or, with the rest of k's, of the write key."""
         call, (HV, K) = self.call, a.shape[2:]
         p, adj_ends = call.tokens(HV), call.new(call.chunk_count, HV, K)
+        local = {"h_local": call.tokens(HV), "adj_local": torch.empty_like(adj_ends)}
         common = self.arguments | vars(path) | {
             "a": a, "rk": rk, "p": p, "adj_ends": adj_ends, "OF_WRITE_KEY": dk_rest is not None,
         }  # fmt: skip
-        passed = {**self.solve(rk), **common, **local}
+        call.by_chunk(kernels.precondition_local_kernel, **local, **common)
+        passed = {**common, **local, **self.solve(rk, path, None)}
         adj_0 = self.passes(kernels.precondition_bwd_kernel, "d_adj_end", d_adj_end, "d_adj_0", **passed)
         dk = call.tokens(HV, K, dtype=self.k.dtype)
         dbeta = call.tokens(HV) if self.p.feedback == "beta_aware" else None
@@ -327,9 +330,8 @@ class _Delta:
     def backward(
         self, do: Tensor, dS_end: Tensor | None, S: Tensor | None, kept: list[Tensor | None], rq: Tensor | None,
         rk: Tensor | None, path: _Path | None,
-    ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:  # fmt: skip
-        """Gradients by name, and the preconditioner's `locals`; with a preconditioner, dk is that of k as used, without
-        the part that comes through w."""
+    ) -> dict[str, Tensor | None]:  # fmt: skip
+        """Gradients by name; with a preconditioner, dk is that of k as used, without the part that comes through w."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
         T, P, starts, maps = kept
         intra = {"T": T, "P": P, "w": None, "rq": rq, "rk": rk} if P is not None else self.intra(rq, rk, path, T)
@@ -353,15 +355,11 @@ class _Delta:
             "dg": None if self.g is None else call.tokens(*self.g.shape[2:]),
             "dw": None if self.rule is None else call.tokens(HV, K, dtype=call.stored),
         }
-        local: dict[str, Tensor | None] = dict.fromkeys(("h_local", "adj_local"))
-        if self.rule is not None:
-            local |= self.rule.locals()
-        forget = None if self.rule is None else self.rule.forget
         call.by_chunk(
-            delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=w, v=self.v, forget=forget, rq=rq, rk=rk, states=states,
-            dstates=dstates, U=U, dB=dB, do=do, FORGET=forget is not None, **found, **local, **self.common,
+            delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=w, v=self.v, rq=rq, rk=rk, states=states,
+            dstates=dstates, U=U, dB=dB, do=do, **found, **self.common,
         )  # fmt: skip
-        return found | {"dS": None if S is None else call.of_sequences(first, 0)}, local
+        return found | {"dS": None if S is None else call.of_sequences(first, 0)}
 
 
 def _parts(
@@ -411,7 +409,7 @@ def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, s
     segments = call.N * call.SPLIT
     starts, maps = ((call.new(segments, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
-    path = _path_fake(call) if d is not None else (None,) * 4
+    path = _path_fake(call) if d is not None else (None,) * 5
     keeps = d is None and (g is None or g.ndim == 3)
     found = (None if d is None else torch.empty_like(d), T, P if keeps else None, starts, maps, *norms, *path)
     return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, *found)
@@ -420,7 +418,8 @@ def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, s
 def _path_fake(call: _Call) -> tuple[Tensor | None, ...]:
     n, HV, K = call.chunk_count, call.HV, call.k.shape[3]
     maps = call.new(call.N * call.SPLIT, HV, K, K) if call.SPLIT > 1 else None
-    return call.new(n, HV, K), call.tokens(HV), call.new(n, HV, dtype=torch.int32), maps
+    solve = call.new(n, HV, call.C, call.C, dtype=call.stored)
+    return call.new(n, HV, K), call.tokens(HV), call.new(n, HV, dtype=torch.int32), maps, solve
 
 
 def _delta_rule_backward(
@@ -434,12 +433,12 @@ def _delta_rule_backward(
     *kept, rq, rk = _or_none(*saved[:6])
     path = _or_none(*saved[6:])
     at = None if parts.rule is None else _Path(*path)
-    found, local = parts.backward(do, dS, S, kept, rq, rk, at)
+    found = parts.backward(do, dS, S, kept, rq, rk, at)
     dq, dk, dbeta, dw, dforget, dd_0 = (*(found[n] for n in ("dq", "dk", "dbeta", "dw")), None, None)
     assert dq is not None
     assert dk is not None
     if parts.rule is not None and at is not None and dw is not None:
-        dk, dbeta, dforget, dd_0 = parts.rule.backward(dw, dd, rk, at, local, dk, dbeta)
+        dk, dbeta, dforget, dd_0 = parts.rule.backward(dw, dd, rk, at, dk, dbeta)
     groups = v.shape[2] // k.shape[2]
     if groups > 1:
         dq, dk = (x.unflatten(2, (-1, groups)).sum(3) for x in (dq, dk))
@@ -476,9 +475,7 @@ def _precondition_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of k, beta, forget and d_0; empty where there is no such input."""
     own = _Rule(_Call(k, k.shape[2], 1, cu_seqlens, 64), k, beta, forget, _preconditioner(rule), False)
-    local = own.locals()
-    own.call.by_chunk(kernels.precondition_local_kernel, a=a, **local, **own.arguments)
-    dk, dbeta, dforget, dd_0 = own.backward(a, dd, None, _Path(*_or_none(*saved)), local)
+    dk, dbeta, dforget, dd_0 = own.backward(a, dd, None, _Path(*_or_none(*saved)))
     if beta is not None and dbeta is None:
         dbeta = torch.zeros_like(beta, dtype=torch.float32)
     return dk, *_or_empty(k, dbeta, dforget), dd_0
@@ -551,12 +548,12 @@ delta_rule = _differentiable(
     "triton_delta_rule",
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? forget, Tensor? S, Tensor? d, Tensor? cu_seqlens, "
     "float[] rule, bool l2norm, float scale, int chunk_size",
-    _tensors(13), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
+    _tensors(14), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
 )  # fmt: skip
 precondition_rule = _differentiable(
     "triton_precondition",
     "Tensor k, Tensor? beta, Tensor? forget, Tensor d, Tensor? cu_seqlens, float[] rule",
-    _tensors(6), _tensors(4), 2, _precondition, _precondition_fake, _precondition_backward, _precondition_backward_fake,
+    _tensors(7), _tensors(4), 2, _precondition, _precondition_fake, _precondition_backward, _precondition_backward_fake,
 )  # fmt: skip
 
 

@@ -23,16 +23,16 @@ Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
 # By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
 CONFIGS: dict[str, list[Config]] = {
-    "precondition_solve_kernel": [{"BB": 32, "num_warps": 4}],
-    "precondition_fwd_kernel": [{"num_warps": 4}],
+    "precondition_solve_kernel": [{"BB": 32, "num_warps": 2}],
+    "precondition_fwd_kernel": [{"num_warps": 4, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_map_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
     "chain_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
     "precondition_expand_kernel": [{"num_warps": 4}],
-    "precondition_local_kernel": [{"num_warps": 4}],
-    "precondition_bwd_kernel": [{"num_warps": 4}],
+    "precondition_local_kernel": [{"BB": 64, "num_warps": 4}],
+    "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
-    "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4}],
-    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 16, "num_warps": 8}],
+    "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90}, {"BB": 128, "num_warps": 4}],
+    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 32, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
         {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
         {"BV": 32, "num_warps": 4, "STAGES": 2},
@@ -51,7 +51,7 @@ CONFIGS: dict[str, list[Config]] = {
         {"BB": 64, "BV": 64, "num_warps": 8, "SINCE": 90},
         {"BB": 16, "BV": 32, "num_warps": 8},
     ],
-    "delta_intra_bwd_kernel, DECAY = 2": [{"BB": 16, "BV": 64, "num_warps": 8}, {"BB": 16, "BV": 16, "num_warps": 8}],
+    "delta_intra_bwd_kernel, DECAY = 2": [{"BB": 32, "BV": 64, "num_warps": 4}, {"BB": 16, "BV": 16, "num_warps": 4}],
 }
 
 _taken: dict[tuple[Any, ...], Config] = {}
@@ -70,7 +70,10 @@ def capability(device: torch.device) -> int:
 def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
     found = CONFIGS.get(f"{name}, DECAY = {arguments.get('DECAY')}", CONFIGS[name])
-    widest = {"BB": arguments.get("BK", 0), "BV": max(16, 1 << (arguments.get("V", 1) - 1).bit_length())}
+    BK = arguments.get("BK", 0)
+    widest = {"BB": BK, "BV": max(16, 1 << (arguments.get("V", 1) - 1).bit_length())}
+    if BK < 64:  # products of few columns by two groups of warps read out of bounds
+        widest["num_warps"] = 4
     return [
         {n: min(x, widest.get(n, x)) for n, x in config.items() if n != "SINCE"}
         for config in found

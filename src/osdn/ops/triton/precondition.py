@@ -21,10 +21,10 @@ from osdn.ops.triton.shared import (
     below,
     between,
     chunk_at,
+    exp,
     invert,
+    log_sums,
     per_token,
-    per_token_after,
-    per_token_before,
     rows,
     segment_length,
     sequence_at,
@@ -48,9 +48,11 @@ def feedback(beta, n, first, end, h, heads, C: tl.constexpr, AWARE: tl.constexpr
 
 
 @triton.jit
-def keys(k, rk, first, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+def keys(
+    k, rk, first, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, start=0
+):  # fmt: skip
     """[C, BK] float32 keys as used: normalised when rk is given."""
-    x = rows(k, first, end, h // (HV // H), H, K, C, BK).to(tl.float32)
+    x = rows(k, first, end, h // (HV // H), H, K, C, BK, start).to(tl.float32)
     if rk is not None:
         x *= per_token(rk, first, end, h // (HV // H), H, C)[:, None]
     return x
@@ -75,19 +77,6 @@ def one(x, t, end, h, heads):
 def clip(x, d_min, d_max):
     x = tl.where(x < d_min, d_min, x)  # unlike minimum and maximum, this keeps a NaN
     return tl.where(x > d_max, d_max, x)
-
-
-@triton.jit
-def kept_until(forget, first, end, h, heads, C: tl.constexpr):
-    """G_t [C] and G_C."""
-    G = tl.exp(tl.cumsum(per_token_before(forget, first, end, h, heads, C), 0))
-    return G, tl.exp(tl.sum(per_token(forget, first, end, h, heads, C), 0))
-
-
-@triton.jit
-def kept_after(forget, first, end, h, heads, C: tl.constexpr):
-    """prod_{i > t} lambda_i [C]."""
-    return tl.exp(tl.cumsum(per_token_after(forget, first, end, h, heads, C), 0, reverse=True))
 
 
 @triton.jit
@@ -123,8 +112,9 @@ def path_weights(forget, e, first, end, h, eta, HV: tl.constexpr, C: tl.constexp
     W = tl.zeros([C, C], tl.float32) + (eta * per_token(e, first, end, h, HV, C))[None, :]
     G = tl.full([C], 1.0, tl.float32)
     if FORGET:
-        W *= between(per_token_before(forget, first, end, h, HV, C), C, 1)
-        G, _ = kept_until(forget, first, end, h, HV, C)
+        before, upto, _ = log_sums(forget, first, end, h, HV, C)
+        W *= between(before, upto, C)
+        G = exp(before)
     return below(W, C, False), G
 
 
@@ -145,50 +135,57 @@ def path(
 
 @triton.jit
 def precondition_solve_kernel(
-    k, rk, beta, forget, solve, factors, cu_seqlens, chunks, eta, tokens,
+    k, rk, beta, forget, solve, kept, factors, cu_seqlens, chunks, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, L2NORM: tl.constexpr, AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PACKED: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M = (I + L)^-1 -> solve [chunks, HV, C, C], and what the passes over chunks read beside it and k.
+    """What the passes over chunks read beside k: with SOLVE, M = (I + L)^-1 -> solve [chunks, HV, C, C], and as it is
+    kept for the backward -> kept.
 
-    factors [chunks, HV, 5, C]: c1; c2 G_t, 1 and prod_{i > t} lambda_i, each times r^2,
-    with s = r^2 k^2; G_C. With L2NORM
-    r = rsqrt(sum k^2 + 1e-6) is also stored, in rk [tokens, H].
+    factors [chunks, HV, 5, C]: c1; c2 G_t, 1 and prod_{i > t} lambda_i, each times r^2, with s = r^2 k^2; G_C. With
+    L2NORM r = rsqrt(sum k^2 + 1e-6) is in rk [tokens, H], where SOLVE stores it.
     """
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
+    hk = h // (HV // H)
     first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
     if first >= end:
         return
     i = tl.arange(0, C)
-    x = rows(k, first, end, h // (HV // H), H, K, C, BK).to(tl.float32)
-    n = tl.sum(x * x, 1)
+    n = tl.zeros([C], tl.float32)
+    L = tl.zeros([C, C], tl.float32)
+    for block in range(0, BK // BB):
+        y = rows(k, first, end, hk, H, K, C, BB, block * BB).to(tl.float32)
+        y *= y
+        n += tl.sum(y, 1)
+        L = tl.dot(y, tl.trans(y), L, input_precision=PRECISION)
     r2 = tl.full([C], 1.0, tl.float32)
     if L2NORM:
-        r = tl.rsqrt(n + 1e-6)
+        if SOLVE:
+            r = tl.rsqrt(n + 1e-6)
+            tl.store(rk + (first + i) * H + hk, r, first + i < end)
+        else:
+            r = per_token(rk, first, end, hk, H, C)
         r2 = r * r
-        tl.store(rk + (first + i) * H + h // (HV // H), r, first + i < end)
     c1, c2 = feedback(beta, n * r2, first, end, h, HV, C, AWARE, NORMALIZE)
+    weights = (eta * c2 * r2)[:, None] * r2[None, :]
     at = factors + (c * HV + h) * 5 * C + i
     tl.store(at, c1)
     tl.store(at + 2 * C, r2)
-    weights = (eta * c2 * r2)[:, None] * r2[None, :]
     if FORGET:
-        weights *= between(per_token_before(forget, first, end, h, HV, C), C, 1)
-        G, kept = kept_until(forget, first, end, h, HV, C)
-        c2 *= G
-        tl.store(at + 3 * C, r2 * kept_after(forget, first, end, h, HV, C))
-        tl.store(at + 4 * C, tl.zeros([C], tl.float32) + kept)
+        before, upto, whole = log_sums(forget, first, end, h, HV, C)
+        weights *= between(before, upto, C)
+        c2 *= exp(before)
+        tl.store(at + 3 * C, r2 * exp(whole - upto))
+        tl.store(at + 4 * C, tl.zeros([C], tl.float32) + exp(whole))
     tl.store(at + C, r2 * c2)
-    L = tl.zeros([C, C], tl.float32)
-    for block in range(0, BK // BB):
-        y = rows(k, first, end, h // (HV // H), H, K, C, BB, block * BB).to(tl.float32)
-        y *= y
-        L = tl.dot(y, tl.trans(y), L, input_precision=PRECISION)
-    M = invert(below(L * weights, C, False), C, LEVELS, PRECISION, EXACT)
-    tl.store(solve + (c * HV + h) * C * C + i[:, None] * C + i[None, :], M)
+    if SOLVE:
+        M = invert(below(L * weights, C, False), C, LEVELS, PRECISION)
+        square = (c * HV + h) * C * C + i[:, None] * C + i[None, :]
+        tl.store(solve + square, M)
+        if kept is not None:
+            tl.store(kept + square, M.to(kept.dtype.element_ty))
 
 
 @triton.jit
@@ -200,7 +197,7 @@ def fetch(
     j = tl.arange(0, C)
     cell = (c + m) * HV + h
     x = rows(k, begin + m * C, end, h // (HV // H), H, K, C, BK)
-    M = tl.load(solve + cell * C * C + j[:, None] * C + j[None, :])
+    M = tl.load(solve + cell * C * C + j[:, None] * C + j[None, :]).to(tl.float32)
     at = factors + cell * 5 * C
     r2 = tl.load(at + 2 * C + j)
     behind = r2
@@ -223,7 +220,7 @@ def precondition_fwd_kernel(
     tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
-    WALK: tl.constexpr, SPLIT: tl.constexpr,
+    WALK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], active [chunks, HV], d_end [segments, HV, K].
 
@@ -237,33 +234,28 @@ def precondition_fwd_kernel(
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    m = 0
+    begun = 0
     if WALK:
         per = segment_length(begin, end, C, SPLIT).to(tl.int32)
-        m = count
+        begun = count
         for back in range(0, SPLIT):
             g = SPLIT - 1 - back
             stop = g * per + tl.load(stops + (n * SPLIT + g) * HV + h)
-            m = tl.where(stop < tl.minimum((g + 1) * per, count), stop, m)
-        if m >= count:
+            begun = tl.where(stop < tl.minimum((g + 1) * per, count), stop, begun)
+        if begun >= count:
             return
         at += (SPLIT - 1) * HV * K * (n + 1)
-        d = tl.load(starts + ((c + m) * HV + h) * K + i, i < K, 0.0)
+        d = tl.load(starts + ((c + begun) * HV + h) * K + i, i < K, 0.0)
     else:
         d = tl.zeros([BK], tl.float32)
         if d_0 is not None:
             d = tl.load(d_0 + at, i < K, 0.0)
-    x, M, c1, c2, r2, behind, kept = fetch(
-        k, solve, factors, tl.minimum(m, tl.maximum(count - 1, 0)), c, begin, end, h, H, HV, K, C, BK, FORGET
-    )
     limit = count
-    while m < limit:
-        # The next chunk is asked for while this one is worked on.
-        x_n, M_n, c1_n, c2_n, r2_n, behind_n, kept_n = fetch(
-            k, solve, factors, tl.minimum(m + 1, count - 1), c, begin, end, h, H, HV, K, C, BK, FORGET
-        )
+    for m in tl.range(begun, count, num_stages=STAGES):
+        x, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         first = begin + m * C
-        tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
+        goes_on = m < limit
+        tl.store(starts + ((c + m) * HV + h) * K + i, d, i < tl.where(goes_on, K, 0))
         xx = x.to(tl.float32)
         xx *= xx
         solved = tl.sum(M * (c1 - c2 * tl.sum(xx * d[None, :], 1))[None, :], 1)
@@ -301,13 +293,12 @@ def precondition_fwd_kernel(
                         raw_t += new
                     new = tl.where(t < end, clip(raw_t, d_min, d_max), new)
                     tl.store(e + t * HV + h, error, t < end)
-        elif not safe:
-            limit = m
-        tl.store(active + (c + m) * HV + h, tl.where(safe, 0, 1))
-        tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(safe, end, first))
-        d = new
-        x, M, c1, c2, r2, behind, kept = x_n, M_n, c1_n, c2_n, r2_n, behind_n, kept_n
-        m += 1
+        else:
+            goes_on = goes_on & safe
+            limit = tl.where(goes_on, limit, tl.minimum(limit, m))
+        tl.store(active + (c + m) * HV + h, tl.where(safe, 0, 1), goes_on)
+        tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(goes_on & safe, end, first))
+        d = tl.where(goes_on, new, d)
     if not WALK:
         tl.store(stops + n * HV + h, limit)
     tl.store(d_end + at, d, i < K)
@@ -365,61 +356,43 @@ def precondition_expand_kernel(
 
 
 @triton.jit
-def local_weights(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
+def behind_weights(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
     """R_{j-1,t} [C, C] at (t, j), j > t, and G_t [C]."""
     R = tl.full([C, C], 1.0, tl.float32)
     G = tl.full([C], 1.0, tl.float32)
     if FORGET:
-        R = between(per_token_before(forget, first, end, h, HV, C), C, 1)
-        G, _ = kept_until(forget, first, end, h, HV, C)
+        before, upto, _ = log_sums(forget, first, end, h, HV, C)
+        R = between(before, upto, C)
+        G = exp(before)
     return tl.trans(below(R, C, False)), G
 
 
 @triton.jit
-def local(
-    R, G, y, s, adj_local, c, h, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr, start=0,
-):  # fmt: skip
-    """Of y [C, BK], the gradient of d_t in some channels: their part of <s_t, sum_{j > t} R_{j-1,t} y_j> [C], and
-    sum_t G_t y_t -> adj_local [chunks, HV, K]."""
-    i = start + tl.arange(0, BK)
-    tl.store(adj_local + (c * HV + h) * K + i, tl.sum(y * G[:, None], 0), i < K)
-    return tl.sum(s * tl.dot(R.to(DT), y.to(DT), input_precision=PRECISION), 1)
-
-
-@triton.jit
 def precondition_local_kernel(
-    a, k, forget, h_local, adj_local, cu_seqlens, chunks, tokens,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    FORGET: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    a, k, rk, forget, h_local, adj_local, cu_seqlens, chunks, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr, OF_WRITE_KEY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`local` -> h_local [tokens, HV] and adj_local where d_t was asked for; else delta_intra_bwd_kernel calls it."""
+    """Of y, the gradient of d_t: <s_t, sum_{j > t} R_{j-1,t} y_j> -> h_local [tokens, HV], and sum_t G_t y_t ->
+    adj_local [chunks, HV, K]. BB channels at a time."""
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
     first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
     if first >= end:
         return
-    x = rows(k, first, end, h, HV, K, C, BK).to(tl.float32)
-    y = rows(a, first, end, h, HV, K, C, BK)
-    R, G = local_weights(forget, first, end, h, HV, C, FORGET)
+    R, G = behind_weights(forget, first, end, h, HV, C, FORGET)
+    R = R.to(DT)
+    hs = tl.zeros([C], tl.float32)
+    for block in tl.static_range(0, BK // BB):
+        x = keys(k, rk, first, end, h, H, HV, K, C, BB, block * BB)
+        y = rows(a, first, end, h, HV, K, C, BB, block * BB).to(tl.float32)
+        if OF_WRITE_KEY:
+            y *= x
+        i = block * BB + tl.arange(0, BB)
+        tl.store(adj_local + (c * HV + h) * K + i, tl.sum(y * G[:, None], 0), i < K)
+        hs += tl.sum(x * x * tl.dot(R, y.to(DT), input_precision=PRECISION), 1)
     t = first + tl.arange(0, C)
-    tl.store(h_local + t * HV + h, local(R, G, y, x * x, adj_local, c, h, HV, K, BK, DT, PRECISION), t < end)
-
-
-@triton.jit
-def fetch_back(
-    k, solve, factors, h_local, adj_local, active, m, c, begin, end, h, H: tl.constexpr, HV: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr,
-):  # fmt: skip
-    x, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
-    i = tl.arange(0, BK)
-    hs = per_token(h_local, begin + m * C, end, h, HV, C)
-    behind_local = tl.load(adj_local + ((c + m) * HV + h) * K + i, i < K, 0.0)
-    fired = 0
-    if BOX:
-        fired = tl.load(active + (c + m) * HV + h)
-    return x, M, c1, c2, r2, behind, kept, hs, behind_local, fired
+    tl.store(h_local + t * HV + h, hs, t < end)
 
 
 @triton.jit
@@ -429,7 +402,7 @@ def precondition_bwd_kernel(
     cu_seqlens, first_chunk, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
-    WALK: tl.constexpr, SPLIT: tl.constexpr, OF_WRITE_KEY: tl.constexpr,
+    WALK: tl.constexpr, SPLIT: tl.constexpr, OF_WRITE_KEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """p [tokens, HV] = <u_t, s_t>, the adjoint behind each chunk -> adj_ends [chunks, HV, K], before each segment ->
     d_adj_0 [segments, HV, K].
@@ -445,55 +418,40 @@ def precondition_bwd_kernel(
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    m = count - 1
+    begun = count
     if WALK:
         per = segment_length(begin, end, C, SPLIT).to(tl.int32)
-        m = -1
+        begun = 0
         for g in range(0, SPLIT):
             stop = tl.load(stops + (n * SPLIT + g) * HV + h)
-            m = tl.where(stop >= 0, g * per + stop, m)
-        if m < 0:
+            begun = tl.where(stop >= 0, g * per + stop + 1, begun)
+        if begun <= 0:
             return
         at += (SPLIT - 1) * HV * K * n
-        adj = tl.load(adj_ends + ((c + m) * HV + h) * K + i, i < K, 0.0)
+        adj = tl.load(adj_ends + ((c + begun - 1) * HV + h) * K + i, i < K, 0.0)
     else:
         adj = tl.zeros([BK], tl.float32)
         if d_adj_end is not None:
             adj = tl.load(d_adj_end + at, i < K, 0.0)
-    x, M, _c1, c2, _r2, behind, kept, hs, rest, fired = fetch_back(
-        k, solve, factors, h_local, adj_local, active, tl.maximum(m, 0), c, begin, end, h, H, HV, K, C, BK, FORGET, BOX
-    )
     limit = -1
-    while m > limit:
-        x_n, M_n, _c1, c2_n, _r2, behind_n, kept_n, hs_n, rest_n, fired_n = fetch_back(
-            k,
-            solve,
-            factors,
-            h_local,
-            adj_local,
-            active,
-            tl.maximum(m - 1, 0),
-            c,
-            begin,
-            end,
-            h,
-            H,
-            HV,
-            K,
-            C,
-            BK,
-            FORGET,
-            BOX,
-        )
-        first = begin + m * C
+    for back in tl.range(0, begun, num_stages=STAGES):
+        m = begun - 1 - back
+        x, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
+        hs = per_token(h_local, begin + m * C, end, h, HV, C)
         row = ((c + m) * HV + h) * K + i
-        tl.store(adj_ends + row, adj, i < K)
+        rest = tl.load(adj_local + row, i < K, 0.0)
+        fired = False
+        if BOX:
+            fired = tl.load(active + (c + m) * HV + h) > 0
+        first = begin + m * C
+        goes_on = m > limit
+        tl.store(adj_ends + row, adj, i < tl.where(goes_on, K, 0))
         xx = x.to(tl.float32)
         xx *= xx
         ps = tl.sum(M * (hs + behind * tl.sum(xx * adj[None, :], 1))[:, None], 0)
         new = rest + kept * adj - tl.sum(xx * (eta * c2 * ps)[:, None], 0)
         if WALK and BOX:
-            if fired > 0:
+            if fired:
                 start = tl.load(starts + row, i < K, 0.0)
                 _path, inside = walk(k, rk, forget, e, start, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET)
                 new = adj
@@ -518,12 +476,10 @@ def precondition_bwd_kernel(
                         through *= tl.exp(one(forget, t, end, h, HV))
                     new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
         else:
-            limit = tl.where(fired > 0, m, limit)
-        tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(fired > 0, first, end))
-        adj = new
-        x, M, c2, behind, kept = x_n, M_n, c2_n, behind_n, kept_n
-        hs, rest, fired = hs_n, rest_n, fired_n
-        m -= 1
+            goes_on = goes_on & (fired == 0)
+            limit = tl.where(goes_on, limit, tl.maximum(limit, m))
+        tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(goes_on & (fired == 0), end, first))
+        adj = tl.where(goes_on, new, adj)
     if not WALK:
         tl.store(stops + n * HV + h, limit)
     tl.store(d_adj_0 + at, adj, i < K)
@@ -564,11 +520,12 @@ def precondition_grads_kernel(
     errors = per_token(e, first, end, h, HV, C)
     ps = eta * per_token(p, first, end, h, HV, C)
     W, G = path_weights(forget, e, first, end, h, eta, HV, C, FORGET)
-    R, _ = local_weights(forget, first, end, h, HV, C, FORGET)
+    R, _ = behind_weights(forget, first, end, h, HV, C, FORGET)
     R = R.to(DT)
     behind = tl.full([C], 1.0, tl.float32)
     if FORGET:
-        behind = kept_after(forget, first, end, h, HV, C)
+        _, upto, whole = log_sums(forget, first, end, h, HV, C)
+        behind = exp(whole - upto)
         lam = tl.exp(per_token(forget, first, end, h, HV, C))
     s = x * x
     c1, c2 = feedback(beta, tl.sum(s, 1), first, end, h, HV, C, AWARE, NORMALIZE)

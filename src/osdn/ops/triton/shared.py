@@ -75,24 +75,28 @@ def per_token(x, first, end, h, heads, C: tl.constexpr):
 
 
 @triton.jit
-def per_token_before(x, first, end, h, heads, C: tl.constexpr):
-    """[C] float32: x of the token before, 0 for the chunk's first."""
-    i = tl.arange(0, C)
-    return tl.load(x + (first + i - 1) * heads + h, (i > 0) & (first + i < end), 0.0).to(tl.float32)
+def log_sums(x, first, end, h, heads, C: tl.constexpr):
+    """Float64 sums of log decays x [tokens, heads] up to each token, without it and with it [C], and over the chunk.
+
+    Decays between two tokens are exp of differences of these: in float32 such a difference cancels where one decay is
+    a wipe, in float64 it keeps 12 digits below the decimal point once what exp takes for 0 is cut off.
+    """
+    f = per_token(x, first, end, h, heads, C)
+    f = tl.where(f < -150.0, -150.0, f).to(tl.float64)
+    upto = tl.cumsum(f, 0)
+    return upto - f, upto, tl.sum(f, 0)
 
 
 @triton.jit
-def per_token_after(x, first, end, h, heads, C: tl.constexpr):
-    """[C] float32: x of the token behind, 0 for the chunk's last."""
-    i = tl.arange(0, C)
-    return tl.load(x + (first + i + 1) * heads + h, (i < C - 1) & (first + i + 1 < end), 0.0).to(tl.float32)
+def exp(logarithm):
+    return tl.exp(logarithm.to(tl.float32))
 
 
 @triton.jit
-def between(f, C: tl.constexpr, SKIP: tl.constexpr):
-    """[C, C] exp(sum_{j + SKIP < i <= t} f_i) at (t, j). Summed as such: differences of sums cancel under wipes."""
+def between(later, earlier, C: tl.constexpr):
+    """[C, C] exp(later_t - earlier_j) at (t, j), j < t, of two sums from `log_sums`; 1 elsewhere."""
     i = tl.arange(0, C)
-    return tl.exp(tl.cumsum(tl.where(i[:, None] > i[None, :] + SKIP, f[:, None], 0.0), 0))
+    return exp(tl.where(i[:, None] > i[None, :], later[:, None] - earlier[None, :], 0.0))
 
 
 @triton.jit
@@ -122,12 +126,12 @@ def widen(X, N: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """(I + A)^-1 for A [C, C] strictly below the diagonal, C = 2^LEVELS >= 16.
 
     By doubling: with X the inverse of the diagonal blocks of length h and B the part of A between the halves of the
     blocks of length 2h, X - X B X is the inverse of the latter. Every X is an inverse of blocks of I + A, so nothing
-    grows that is not large in the result. EXACT is the precision of blocks up to 16, PRECISION that of larger ones.
+    grows that is not large in the result.
     """
     i = tl.arange(0, 16)[None, :, None]
     j = tl.arange(0, 16)[None, None, :]
@@ -135,7 +139,7 @@ def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, EX
     X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, blocks, 0.0)
     for level in tl.static_range(1, 4):
         B = tl.where(((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) != (j >> level)), blocks, 0.0)
-        X -= tl.dot(tl.dot(X, B, input_precision=EXACT), X, input_precision=EXACT)
+        X -= tl.dot(tl.dot(X, B, input_precision=PRECISION), X, input_precision=PRECISION)
     for level in tl.static_range(4, LEVELS):
         X = widen(X, C >> level, 1 << level)
         r = tl.arange(0, 2 << level)
