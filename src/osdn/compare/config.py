@@ -27,6 +27,7 @@ GRID = (
     "osdn-apf[feedback=beta_aware]",
 )
 _DEFAULT_STEPS = {"mqar": 450, "text": 400}  # measured: the demo takes six minutes at most on two cores
+_GRID_STEPS = 600  # some rules learn late; estimated: the grid takes an hour and a half on two idle cores
 _FORMAT = 2  # to be raised when the training procedure changes: older run directories are then refused
 _PATHS = ("data", "eval_data")  # where the bytes lie does not matter; their digest does
 
@@ -62,7 +63,7 @@ class Experiment:
     eval_pairs: tuple[int, ...] = (4, 8, 16, 24, 32)
     """mqar: numbers of pairs to evaluate at; those that do not fit seq_len are left out."""
     eval_lengths: tuple[int, ...] = ()
-    """Multiples of seq_len to evaluate at as well: does it extrapolate?"""
+    """Multiples of seq_len to evaluate at as well, on as many tokens: does it extrapolate?"""
     passes: int = 1
     """mqar: how often the pairs are listed before the queries."""
     vocab_size: int = 128
@@ -118,12 +119,13 @@ class Experiment:
 
     def grid(self) -> dict[str, Experiment]:
         """Every rule and every control on both settings of recall, pairs listed once at T = `seq_len` (128) and twice
-        at half as many tokens again, with tests at 2, 4 and 8 times the length; 5 seeds, unless given. Needs mqar, and
-        eval_lengths and passes at their defaults.
+        at half as many tokens again, with tests at 2, 4 and 8 times the length; 5 seeds and 600 steps, unless given.
+        Needs mqar, and eval_lengths and passes at their defaults.
         """
         self._left_to("grid", "task", "eval_lengths", "passes")
         T = self.seq_len or 128
-        both = replace(self, models=self.models or GRID, seeds=self.seeds or 5, eval_lengths=(2, 4, 8))
+        models, seeds, steps = self.models or GRID, self.seeds or 5, self.steps or _GRID_STEPS
+        both = replace(self, models=models, seeds=seeds, steps=steps, eval_lengths=(2, 4, 8))
         return {"1-pass": replace(both, seq_len=T), "2-passes": replace(both, seq_len=3 * T // 2, passes=2)}
 
     def _left_to(self, option: str, *names: str) -> None:

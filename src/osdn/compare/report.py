@@ -316,7 +316,10 @@ class Summary:
             _label(size, "recurrent state, bytes a sequence", what)
         if e.eval_lengths:
             _label(axes[2], f"tokens in the sequence, trained at {e.seq_len}", what)
-            axes[2].set_xscale("log", base=2)
+            axes[2].set_xscale("log")
+            axes[2].set_xticks([e.seq_len, *(e.seq_len * m for m in e.eval_lengths)])
+            axes[2].xaxis.set_major_formatter("{x:.0f}")
+            axes[2].minorticks_off()
         size.margins(x=0.35)
         size.ticklabel_format(axis="x", useOffset=False)
         size.locator_params(axis="x", nbins=4)

@@ -233,14 +233,15 @@ class _Recall:
     def details(self, model: OSDNForCausalLM) -> Metrics:
         e, T = self.experiment, self.experiment.seq_len
         by_pairs = {str(n): self._score(model, recall_task(e, n)) for n in e.eval_pairs}
-        longer = {str(T * m): self._score(model, replace(self.data, seq_len=T * m)) for m in e.eval_lengths}
+        longer = {str(T * m): self._score(model, replace(self.data, seq_len=T * m), m) for m in e.eval_lengths}
         return {"by_pairs": by_pairs, "by_length": longer}
 
     def probe(self) -> Tensor:
         return self.data.batch(self.experiment.batch_size, seed=self.seed, split="test")[0]
 
-    def _score(self, model: OSDNForCausalLM, data: MQAR) -> Metrics:
-        ids, labels = data.batch(self.experiment.eval_sequences, seed=self.seed, split="test")
+    def _score(self, model: OSDNForCausalLM, data: MQAR, times: int = 1) -> Metrics:
+        n = -(-self.experiment.eval_sequences // times)
+        ids, labels = data.batch(n, seed=self.seed, split="test")
         loss, correct = _evaluate(model, ids, labels, self.experiment.batch_size)
         return {"loss": float(loss.mean()), "accuracy": float(correct.double().mean())}
 
@@ -262,7 +263,7 @@ class _Text:
 
     def details(self, model: OSDNForCausalLM) -> Metrics:
         e, T = self.experiment, self.experiment.seq_len
-        blocks = {T * m: self.data.blocks(e.eval_sequences, T * m) for m in e.eval_lengths}
+        blocks = {T * m: self.data.blocks(-(-e.eval_sequences // m), T * m) for m in e.eval_lengths}
         return {"by_length": {str(length): self._score(model, rows) for length, rows in blocks.items()}}
 
     def probe(self) -> Tensor:
