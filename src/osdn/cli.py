@@ -12,6 +12,7 @@ import tyro
 
 from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
+from osdn.diagnostics.config import Diagnose
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ class Compare:
         )
 
 
-SUBCOMMANDS: dict[str, Callable[..., Compare | Bench]] = {"compare": Compare, "bench": Bench}
+SUBCOMMANDS: dict[str, Callable[..., Compare | Bench | Diagnose]] = {
+    "compare": Compare,
+    "diagnose": Diagnose,
+    "bench": Bench,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
