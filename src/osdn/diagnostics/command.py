@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,7 +87,7 @@ def load_model(path: Path) -> nn.Module:
         raise ValueError(f"checkpoint: got {path}, takes {takes}")
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"checkpoint: got {path}, which cannot be loaded ({_line(error)})") from None
     return model
 
