@@ -20,6 +20,7 @@ from osdn.compare import train as training
 from osdn.compare.config import fingerprint
 from osdn.compare.store import previous, read_json
 from osdn.compare.train import Job, build, learning_rate, parameter_groups, train
+from osdn.data import MQAR
 
 TOY = Experiment(
     models=("deltanet", "osdn-apf"),
@@ -177,7 +178,7 @@ def test_the_grid_is_what_its_names_say():
 
 
 def test_a_grid_is_resumed_elsewhere(tmp_path, console, monkeypatch):
-    experiment = replace(TOY, models=("deltanet", "osdn"), seeds=1, eval_lengths=())
+    experiment = replace(TOY, models=("osdn", "beta2"), seeds=1)
     calls = []
 
     def killed(job, *rest):
@@ -195,10 +196,15 @@ def test_a_grid_is_resumed_elsewhere(tmp_path, console, monkeypatch):
     assert "1-pass: 2 of 2 runs done, 0 to do" in said(console)
     assert contents.keys() == {"1-pass", "2-passes"}
     tables = (tmp_path / "there" / "grid.md").read_text()
-    assert tables.count("| model | minus deltanet |") == 2 * 3
+    assert tables.count("| model | minus beta2 |") == 2 * 3  # the control, not the first
     assert "pairs listed twice, T = 24" in tables
     final = contents["2-passes"]["runs"][0]["final"]
     assert final["by_length"].keys() == {"48", "96", "192"}
+    model = build(experiment.grid()["2-passes"].resolved(), "osdn", 0)
+    model.load_state_dict(torch.load(tmp_path / "there" / "2-passes" / "jobs" / "osdn-seed0.pt")["model"])
+    ids, labels = MQAR(2, 96, 20, passes=2).batch(2, seed=0, split="test")  # 8 / 4 sequences
+    losses, _ = training.token_losses(model, ids, labels)
+    assert final["by_length"]["96"]["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
 
 
 def test_results_say_where_they_were_made(tmp_path, console, monkeypatch):
