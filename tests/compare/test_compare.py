@@ -207,6 +207,19 @@ def test_a_grid_is_resumed_elsewhere(tmp_path, console, monkeypatch):
     assert final["by_length"]["96"]["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
 
 
+def test_a_failure_in_one_setting_does_not_stop_the_other(tmp_path, console, monkeypatch):
+    def crash(experiment, name, seed):
+        if experiment.passes == 1:
+            raise ZeroDivisionError("one over nothing")
+        return build(experiment, name, seed)
+
+    monkeypatch.setattr(training, "build", crash)
+    with pytest.raises(RunError, match="^1 of 1 runs failed, first deltanet, seed 0: ZeroDivisionError"):
+        grid(replace(TOY, models=("deltanet",), seeds=1), out=tmp_path, workers=0, console=console)
+    assert (tmp_path / "2-passes" / "table.md").exists()
+    assert not (tmp_path / "grid.md").exists()
+
+
 def test_results_say_where_they_were_made(tmp_path, console, monkeypatch):
     job = a_job(tmp_path)
     stops = iter([False] * 2 + [True])

@@ -37,7 +37,7 @@ def a_result(preset="osdn-apf", layers=3, tasks=("recall", "text")):
     size = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": layers, "num_heads": 4, "head_dim": 4}
     model = OSDNForCausalLM(OSDNConfig.preset(f"{preset}-tiny", **size))
     measured = diagnose(model, {name: torch.randint(0, 20, (2, 40)) for name in tasks})
-    here = {"checkpoint": "a/" + "very-long-name-" * 9, "date": "today", "device": "cpu", "commit": None}
+    here = {"checkpoint": "a/" + "very_long_name_" * 9, "date": "today", "device": "cpu", "commit": None}
     return {**here, "versions": {"torch": "2"}, **measured}
 
 

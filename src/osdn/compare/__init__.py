@@ -139,22 +139,28 @@ def grid(
 ) -> dict[str, dict[str, Any]]:
     """`compare` on each of `experiment.grid()`, in folders of `out` (runs/grid); all tables go into its grid.md.
 
-    baselines: by default DeltaNet and the controls, as far as they are among the models. All else as in `compare`.
+    baselines: by default DeltaNet and the controls, as far as they are among the models. All else as in `compare`; runs
+    that fail in one setting do not keep the other from being run.
     """
     from osdn.compare.store import write_atomic
 
     out = out or Path("runs") / "grid"
-    parts, contents = experiment.grid(), {}
+    parts, contents, failures = experiment.grid(), {}, list[RunError]()
     for name, part in parts.items():
         known = variants(part.models)
-        contents[name] = compare(
-            part,
-            out=out / name,
-            workers=workers,
-            checkpoint_every=checkpoint_every,
-            baselines=baselines or tuple(b for b in ("deltanet", *CONTROLS) if b in known),
-            console=console,
-        )
+        try:
+            contents[name] = compare(
+                part,
+                out=out / name,
+                workers=workers,
+                checkpoint_every=checkpoint_every,
+                baselines=baselines or tuple(b for b in ("deltanet", *CONTROLS) if b in known),
+                console=console,
+            )
+        except RunError as error:
+            failures.append(error)
+    if failures:
+        raise RunError("; ".join(map(str, failures)))
     tables = (f"### {name}\n\n{(out / name / 'table.md').read_text()}" for name in parts)
     write_atomic(out / "grid.md", "\n".join(tables).encode())
     (console or Console()).print(f"the tables of both settings are in {out / 'grid.md'}", soft_wrap=True)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 DEMO = ("deltanet", "osdn", "osdn-apf")
 CONTROLS = ("beta2", "static", "forget-only", "gdn")
-# d_0 is 0 and 1 for every rule that moves d by itself, learned wherever the preset learns it. A fixed d_0 = 1 is
-# DeltaNet for `osdn`; a static d of 0 is no layer. `osdn[feedback=beta_aware]` is "beta-aware": eta 1, box [0, 2].
+# d_0 is 0 and 1 for every rule that moves d online, and 1 for the controls, whose d would wait for the optimizer at 0.
+# d_0 is learned where the preset learns it, and where it is 1: fixed there, plain `osdn` would be DeltaNet.
 GRID = (
     "deltanet",
     *CONTROLS,
