@@ -214,7 +214,7 @@ def test_a_failure_in_one_setting_does_not_stop_the_other(tmp_path, console, mon
         return build(experiment, name, seed)
 
     monkeypatch.setattr(training, "build", crash)
-    with pytest.raises(RunError, match="^1 of 1 runs failed, first deltanet, seed 0: ZeroDivisionError"):
+    with pytest.raises(RunError, match=r"^1 of 1 runs failed, first deltanet, seed 0: ZeroDivisionError"):
         grid(replace(TOY, models=("deltanet",), seeds=1), out=tmp_path, workers=0, console=console)
     assert (tmp_path / "2-passes" / "table.md").exists()
     assert not (tmp_path / "grid.md").exists()
