@@ -12,6 +12,7 @@ import tyro
 
 from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
+from osdn.diagnostics.config import Diagnose
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,36 @@ class Compare:
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = field(default_factory=Experiment)
     full: bool = False
     """Train 1,200 steps of 64 sequences."""
+    grid: bool = False
+    """Every rule and every control, pairs listed once and twice, tests at longer lengths, 5 seeds: can the gain be
+    credited to the online preconditioner?"""
+    baselines: tuple[str, ...] = ()
+    """Models that the others are compared with, seed by seed; by default the first, in the grid all controls."""
     out: Path | None = None
-    """Run directory; by default runs/<task>-<hash of the config>."""
+    """Run directory; by default runs/<task>-<hash of the config>, or runs/grid."""
     workers: int = 2
     """Processes of one thread each; 0 or 1 trains in this one."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
 
     def run(self) -> None:
-        from osdn.compare import compare
+        from osdn.compare import compare, grid
 
         experiment = self.experiment.full() if self.full else self.experiment
-        compare(experiment, out=self.out, workers=self.workers, checkpoint_every=self.checkpoint_every)
+        (grid if self.grid else compare)(
+            experiment,
+            out=self.out,
+            workers=self.workers,
+            checkpoint_every=self.checkpoint_every,
+            baselines=self.baselines,
+        )
 
 
-SUBCOMMANDS: dict[str, Callable[..., Compare | Bench]] = {"compare": Compare, "bench": Bench}
+SUBCOMMANDS: dict[str, Callable[..., Compare | Bench | Diagnose]] = {
+    "compare": Compare,
+    "diagnose": Diagnose,
+    "bench": Bench,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

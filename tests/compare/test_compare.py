@@ -15,11 +15,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from osdn.compare import Experiment, RunError, compare, runner
+from osdn.compare import Experiment, RunError, compare, grid, runner
 from osdn.compare import train as training
 from osdn.compare.config import fingerprint
 from osdn.compare.store import previous, read_json
 from osdn.compare.train import Job, build, learning_rate, parameter_groups, train
+from osdn.data import MQAR
 
 TOY = Experiment(
     models=("deltanet", "osdn-apf"),
@@ -69,7 +70,8 @@ def test_end_to_end(tmp_path, console, monkeypatch):
     assert content["experiment"] == TOY.resolved().as_dict()
     assert content["versions"].keys() == {"python", "osdn", "torch", "transformers"}
     assert content["device"].startswith("cpu")
-    assert {"commit", "threads", "workers", "wall_seconds", "date", "stamp"} <= content.keys()
+    here = {"commit", "source_sha256", "versions", "device", "threads"}
+    assert here | {"workers", "wall_seconds", "date", "stamp"} <= content.keys()
     assert [(r["model"], r["seed"]) for r in content["runs"]] == [(m, s) for m in TOY.models for s in (0, 1)]
     for result in content["runs"]:
         assert len(result["losses"]) == 6
@@ -79,11 +81,12 @@ def test_end_to_end(tmp_path, console, monkeypatch):
         assert len(result["residual"]["layers"]) == 2
         assert result["parameters"] > 1000
         assert result["tokens_per_second"] > 0
+        assert result["origin"] == [{"from_step": 0, **{name: content[name] for name in here}}]
     apf, deltanet = (next(r for r in content["runs"] if r["model"] == m) for m in ("osdn-apf", "deltanet"))
     assert apf["state_bytes"] - deltanet["state_bytes"] == 2 * 8 * 4
     assert (tmp_path / "a" / "figure.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "a" / "table.md").read_text()
-    assert "| model | 1 pairs | 2 pairs | 4 pairs | residual ratio |" in table
+    assert "| model | n | 1 pairs | 2 pairs | 4 pairs | residual ratio |" in table
     assert "osdn-apf, seed 1: done" in said(console)
     assert table.strip() in said(console)
 
@@ -99,10 +102,13 @@ def test_text_end_to_end_in_a_terminal(tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"{i} ababab\n" * 9)
     console = Console(file=io.StringIO(), force_terminal=True, width=140)
     experiment = replace(TOY, task="text", models=("osdn", "beta2"), data=(tmp_path,), num_pairs=24, seeds=1)
+    experiment = replace(experiment, eval_lengths=(1, 2))
     content = run(tmp_path / "a", console, experiment)
     final = content["runs"][0]["final"]
     hits = final["hit_fraction"]
     assert final["loss"] == pytest.approx(hits * final["hit_loss"] + (1 - hits) * final["rest_loss"])
+    assert final["by_length"]["16"] == {name: final[name] for name in final if name != "by_length"}
+    assert final["by_length"]["32"]["loss"] != final["loss"]
     assert content["data"]["sources"].startswith("11 file(s)")
     assert "AR-hit" in said(console)
     assert "6/6" in said(console)
@@ -131,11 +137,111 @@ def test_models_differ_in_the_mixer_alone():
     assert not torch.equal(plain[first], again[first])
 
 
+def test_variants():
+    names = ("deltanet", "osdn[feedback=beta_aware,d_init=0|1]", "gdn[head_dim=4|8]")
+    resolved = Experiment(models=names).resolved()
+    assert resolved.models == (
+        "deltanet",
+        "osdn[d_init=0,feedback=beta_aware]",
+        "osdn[d_init=1,feedback=beta_aware]",
+        "gdn[head_dim=4]",
+        "gdn[head_dim=8]",
+    )
+    assert resolved == resolved.resolved()
+    one = training.model_config(TOY, resolved.models[2])
+    preset = training.model_config(TOY, "osdn")
+    assert one.preconditioner == preset.preconditioner | {"d_init": 1.0, "feedback": "beta_aware"}
+    assert [training.model_config(TOY, m).head_dim for m in resolved.models] == [8, 8, 8, 4, 8]
+    learned = training.model_config(TOY, "osdn[d_max=null,learn_d_init=True]").preconditioner
+    assert (learned["d_max"], learned["learn_d_init"]) == (None, True)
+    assert training.model_config(TOY, "os-gdn[state_decay=channel]").state_decay == "channel"
+
+
+def test_the_grid_is_what_its_names_say():
+    parts = Experiment().grid()
+    sizes = {name: (part.seq_len, part.passes, part.seeds, part.steps) for name, part in parts.items()}
+    assert sizes == {"1-pass": (128, 1, 5, 600), "2-passes": (192, 2, 5, 600)}
+    for part in parts.values():
+        assert part.resolved().eval_pairs == (4, 8, 16, 24, 32)
+    rules = {name: training.model_config(Experiment(), name) for name in parts["1-pass"].models}
+    assert len(rules) == 13
+    seen = [config.to_dict() for config in rules.values()]
+    assert all(one != other for i, one in enumerate(seen) for other in seen[:i])
+    online = [rule.preconditioner for rule in rules.values() if rule.preconditioner and rule.preconditioner["eta"]]
+    choices = {(p["feedback"], p["forget"], p["d_init"]) for p in online}
+    assert len(choices) == len(online) == 8
+    assert {(p["eta"], p["d_min"], p["d_max"], p["normalize_step"]) for p in online} == {(1.0, 0.0, 2.0, False)}
+    # Each differs from the paper's rule of its kind in what its name says, so that a difference has one cause.
+    assert {p["learn_d_init"] for p in online if p["d_init"] == 1} == {True}
+    given = Experiment(models=("osdn", "beta2"), seeds=3, seq_len=32).grid()["2-passes"]
+    assert (given.models, given.seeds, given.seq_len) == (("osdn", "beta2"), 3, 48)
+
+
+def test_a_grid_is_resumed_elsewhere(tmp_path, console, monkeypatch):
+    experiment = replace(TOY, models=("osdn", "beta2"), seeds=1)
+    calls = []
+
+    def killed(job, *rest):
+        calls.append(job)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(job, *rest)
+
+    monkeypatch.setattr(runner, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        grid(experiment, out=tmp_path / "here", workers=0, console=console)
+    monkeypatch.setattr(runner, "train", train)
+    (tmp_path / "here").rename(tmp_path / "there")
+    contents = grid(experiment, out=tmp_path / "there", workers=0, console=console)
+    assert "1-pass: 2 of 2 runs done, 0 to do" in said(console)
+    assert contents.keys() == {"1-pass", "2-passes"}
+    tables = (tmp_path / "there" / "grid.md").read_text()
+    assert tables.count("| model | minus beta2 |") == 2 * 3  # the control, not the first
+    assert "pairs listed twice, T = 24" in tables
+    final = contents["2-passes"]["runs"][0]["final"]
+    assert final["by_length"].keys() == {"48", "96", "192"}
+    model = build(experiment.grid()["2-passes"].resolved(), "osdn", 0)
+    model.load_state_dict(torch.load(tmp_path / "there" / "2-passes" / "jobs" / "osdn-seed0.pt")["model"])
+    ids, labels = MQAR(2, 96, 20, passes=2).batch(2, seed=0, split="test")  # 8 / 4 sequences
+    losses, _ = training.token_losses(model, ids, labels)
+    assert final["by_length"]["96"]["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+
+
+def test_a_failure_in_one_setting_does_not_stop_the_other(tmp_path, console, monkeypatch):
+    def crash(experiment, name, seed):
+        if experiment.passes == 1:
+            raise ZeroDivisionError("one over nothing")
+        return build(experiment, name, seed)
+
+    monkeypatch.setattr(training, "build", crash)
+    with pytest.raises(RunError, match=r"^1 of 1 runs failed, first deltanet, seed 0: ZeroDivisionError"):
+        grid(replace(TOY, models=("deltanet",), seeds=1), out=tmp_path, workers=0, console=console)
+    assert (tmp_path / "2-passes" / "table.md").exists()
+    assert not (tmp_path / "grid.md").exists()
+
+
+def test_results_say_where_they_were_made(tmp_path, console, monkeypatch):
+    job = a_job(tmp_path)
+    stops = iter([False] * 2 + [True])
+    train(job, ignore, lambda: next(stops))
+    elsewhere = training.provenance() | {"device": "another", "commit": None}
+    monkeypatch.setattr(training, "provenance", lambda: elsewhere)
+    stops = iter([False, True])
+    train(job, ignore, lambda: next(stops))
+    train(job, ignore, never)
+    origin = read_json(job.result, set(), print)["origin"]
+    assert [(part["from_step"], part["device"] == "another") for part in origin] == [(0, False), (3, True)]
+    content = run(tmp_path, console, ONE)
+    assert "another, python" in content["remarks"][-1]
+    assert "no commit known" in content["remarks"][-1]
+
+
 def test_the_box_is_the_same_for_all():
     boxes = [training.model_config(TOY, m).preconditioner["d_max"] for m in ("osdn", "osdn-apf", "os-gdn-paper")]
     assert boxes == [2.0, 2.0, 2.0]
     assert training.model_config(replace(TOY, d_max=None), "osdn-apf").preconditioner["d_max"] is None
     assert training.model_config(TOY, "gdn").preconditioner is None
+    assert training.model_config(TOY, "osdn[d_max=3]").preconditioner["d_max"] == 3.0
 
 
 def test_what_is_decayed():
@@ -195,7 +301,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, console, monkeypatch):
         run(tmp_path, console)
     assert "Traceback" not in said(console)
     files = {f.relative_to(tmp_path).as_posix(): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    kept = {"config.json", *(f"jobs/deltanet-seed{i}.{kind}" for i in (0, 1) for kind in ("json", "pt"))}
+    kept = {"config.json", *(f"jobs/{model}-seed0.{kind}" for model in TOY.models for kind in ("json", "pt"))}
     assert kept <= files.keys()
     assert not [name for name in files if ".part" in name]
     monkeypatch.setattr("osdn.compare.store.os.fsync", real)
@@ -376,15 +482,16 @@ def test_ctrl_c_in_a_shell(tmp_path):
 
 def test_refusals_of_the_experiment():
     for fields, message in (
-        ({"models": ()}, "models: got none, takes one or more different names"),
-        ({"models": ("osdn", "osdn")}, "models: got osdn osdn, takes"),
-        ({"seeds": 0}, "seeds: got 0, takes an int >= 1"),
+        ({"seeds": -1}, "seeds: got -1, takes a number >= 0"),
+        ({"eval_lengths": (2, 0)}, "eval_lengths: got 2 0, takes ints >= 1"),
         ({"steps": -1}, "steps: got -1, takes a number >= 0"),
         ({"lr": 0.0}, "lr: got 0.0, takes a float > 0"),
         ({"weight_decay": float("nan")}, "weight_decay: got nan, takes a number >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Experiment(**fields)
+    with pytest.raises(ValueError, match="models: got osdn osdn, takes different names"):
+        Experiment(models=("osdn", "osdn")).resolved()
 
 
 def test_more_passes_lengthen_the_sequence():

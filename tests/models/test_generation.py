@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from osdn.models import OSDNCache
-from osdn.models.configuration import _MIXERS
+from osdn.models.configuration import MIXERS
 from osdn.ops.step import online_scaled_delta_step
 
 NAMES = ["deltanet", "apf", "osdn", "os-gdn", "os-kda"]
@@ -40,7 +40,7 @@ def test_any_cache_continues_as_one_pass(name, make_model, tokens, assert_d_move
             assert_d_moved(model, cache)
 
 
-@pytest.mark.parametrize("name", _MIXERS)
+@pytest.mark.parametrize("name", MIXERS)
 def test_every_preset_decodes_by_steps_as_in_one_pass(name, make_model, tokens, monkeypatch):
     model, steps = make_model(name, double=False), []
 

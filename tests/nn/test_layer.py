@@ -303,3 +303,40 @@ def test_refused_calls():
     m.layer_idx = None
     with pytest.raises(ValueError, match=r"layer_idx: got None"):
         m(x, past_key_values=make_cache())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_write_hook_sees_what_the_operator_uses(variant):
+    """In one call, and in prefill and decoding: d by the state that the operator itself leaves behind each token."""
+    layer = make(variant)
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    seen, states = [], []
+    handle = layer.register_write_hook(lambda which, writes: seen.append((which, writes)))
+    with torch.no_grad():
+        y = layer(x)
+        cache = make_cache()
+        pieces = []
+        for part in x.split([3, 1, 1, 1, 1], dim=1):
+            pieces.append(layer(part, past_key_values=cache))
+            d = cache.layers[0].recurrent_states[1]
+            states.append(None if d is None else d.clone())
+    torch.testing.assert_close(torch.cat(pieces, 1), y)
+    handle.remove()
+    layer(x)
+    assert [which is layer for which, _ in seen] == [True] * 6
+    whole, *parts = [writes for _, writes in seen]
+    for name in ("k", "beta", "forget", "d"):
+        if getattr(whole, name) is None:
+            assert all(getattr(part, name) is None for part in parts)
+            continue
+        joined = torch.cat([getattr(part, name) for part in parts], 1)
+        torch.testing.assert_close(joined, getattr(whole, name))
+        assert joined.shape[:3] == (2, 7, layer.HV)
+    torch.testing.assert_close(whole.k.norm(dim=-1), torch.ones_like(whole.beta), atol=1e-3, rtol=0)
+    if layer.preconditioner is None:
+        assert (whole.d, whole.rule) == (None, None)
+    else:
+        assert whole.rule == layer.preconditioner.rule()
+        for t, state in zip(range(3, 7), states, strict=False):
+            torch.testing.assert_close(whole.d[:, t], state)
+        assert (whole.d[:, 6] - whole.d[:, 0]).abs().mean() > 0.05

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from osdn.compare.config import Experiment, RunError, fingerprint
+from osdn.compare.config import CONTROLS, Experiment, RunError, fingerprint, variants
 
-__all__ = ["Experiment", "RunError", "compare"]
+__all__ = ["Experiment", "RunError", "compare", "grid"]
 
-_RESULT = {"stamp", "model", "seed", "losses", "history", "final", "residual", "parameters", "state_bytes"}
+_RESULT = {"stamp", "model", "seed", "losses", "history", "final", "residual", "parameters", "state_bytes", "origin"}
 
 
 def compare(
@@ -22,13 +22,17 @@ def compare(
     out: Path | None = None,
     workers: int = 2,
     checkpoint_every: int = 100,
+    baselines: tuple[str, ...] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run what is not yet done of `experiment`, print the table, write the run directory.
+    """Run what is not yet done of `experiment`, print the tables, write the run directory.
 
     out: the run directory, by default runs/<task>-<hash of the config>. In it: config.json; jobs/, a result and a
-        checkpoint for each model and seed; results.json, table.md, figure.png.
+        checkpoint for each model and seed; results.json, table.md, figure.png. It may be copied to another machine and
+        continued there, and results of the same config made elsewhere may be copied into jobs/: each says where it
+        was made.
     workers: processes of one thread each; 0 or 1 trains in this one. checkpoint_every: steps between checkpoints.
+    baselines: the models that others are compared with, seed by seed; by default the first.
     console: where progress and table go; stdout by default.
 
     Returns the content of results.json. Raises ValueError for a config that cannot be run or that is not the run
@@ -51,10 +55,14 @@ def compare(
         recall_task(experiment, experiment.num_pairs)
     else:
         text = ByteText.load(experiment.data, experiment.eval_data)
-        text.require(experiment.seq_len)
+        text.require(experiment.seq_len * max((1, *experiment.eval_lengths)))
         digest, sources = text.digest, text.sources
     for model in experiment.models:
         model_config(experiment, model)
+    baselines = variants(baselines)
+    for name in baselines:
+        if name not in experiment.models:
+            raise ValueError(f"baselines: got {name!r}, takes names among {' '.join(experiment.models)}")
 
     def note(message: str) -> None:
         console.print(f"note: {message}", markup=False, soft_wrap=True)
@@ -78,7 +86,7 @@ def compare(
         return read_json(job.result, _RESULT, note)
 
     done = [job for job in jobs if read(job) is not None]
-    todo = [job for job in jobs if job not in done]
+    todo = sorted((job for job in jobs if job not in done), key=lambda job: job.seed)
     console.print(f"run directory {out}: {len(done)} of {len(jobs)} runs done, {len(todo)} to do", soft_wrap=True)
     if todo:
         began = time.monotonic()
@@ -92,31 +100,71 @@ def compare(
                 f"{out}, the same command takes up the rest"
             )
     results = [content for job in jobs if (content := read(job)) is not None]
-    summary = Summary(experiment, results)
+    summary = Summary(experiment, results, baselines)
     report = out / "results.json"
-    content = None if todo else read_json(report, {"stamp", "runs"}, note)
-    if content is None:
-        content = {
-            "stamp": stamp,
+    run = None if todo else read_json(report, {"date", "wall_seconds", "workers"}, note)
+    if run is None:
+        run = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "experiment": experiment.as_dict(),
-            "data": {"sha256": digest, "sources": sources},
             **provenance(),
             "workers": workers,
             "wall_seconds": time.monotonic() - began if todo else None,
-            "table": [dict(zip(summary.table()[0], row, strict=True)) for row in summary.table()[1]],
-            "remarks": summary.remarks(),
-            "runs": results,
         }
-        write_json(report, content)
+    content = {
+        "stamp": stamp,
+        **run,
+        "experiment": experiment.as_dict(),
+        "data": {"sha256": digest, "sources": sources},
+        "tables": {t.title: [dict(zip(t.header, row, strict=True)) for row in t.rows] for t in summary.tables()},
+        "remarks": summary.remarks(),
+        "runs": results,
+    }
+    write_json(report, content)
     write_atomic(out / "table.md", summary.markdown().encode())
     write_atomic(out / "figure.png", summary.figure())
-    if console.is_terminal:
-        console.print(summary.rich(), *summary.remarks(), sep="\n", markup=False, highlight=False)
-    else:
-        console.print(summary.markdown(), markup=False, highlight=False, soft_wrap=True)
+    shown = summary.for_terminal() if console.is_terminal else [summary.markdown()]
+    console.print(*shown, sep="\n", markup=False, highlight=False, soft_wrap=True)
     console.print(f"table.md, figure.png and results.json are in {out}", soft_wrap=True)
     return content
+
+
+def grid(
+    experiment: Experiment,
+    *,
+    out: Path | None = None,
+    workers: int = 2,
+    checkpoint_every: int = 100,
+    baselines: tuple[str, ...] = (),
+    console: Console | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`compare` on each of `experiment.grid()`, in folders of `out` (runs/grid); all tables go into its grid.md.
+
+    baselines: by default DeltaNet and the controls, as far as they are among the models. All else as in `compare`; runs
+    that fail in one setting do not keep the other from being run.
+    """
+    from osdn.compare.store import write_atomic
+
+    out = out or Path("runs") / "grid"
+    parts, contents, failures = experiment.grid(), {}, list[RunError]()
+    for name, part in parts.items():
+        known = variants(part.models)
+        try:
+            contents[name] = compare(
+                part,
+                out=out / name,
+                workers=workers,
+                checkpoint_every=checkpoint_every,
+                baselines=baselines or tuple(b for b in ("deltanet", *CONTROLS) if b in known),
+                console=console,
+            )
+        except RunError as error:
+            failures.append(error)
+    if failures:
+        raise RunError("; ".join(map(str, failures)))
+    tables = (f"### {name}\n\n{(out / name / 'table.md').read_text()}" for name in parts)
+    write_atomic(out / "grid.md", "\n".join(tables).encode())
+    (console or Console()).print(f"the tables of both settings are in {out / 'grid.md'}", soft_wrap=True)
+    return contents
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from functools import cache
@@ -16,9 +17,10 @@ import osdn
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Commit, versions, device and threads of this process, as plain JSON."""
+    """Commit, digest of the package's sources, versions, device and threads of this process, as plain JSON."""
     return {
         "commit": _commit(),
+        "source_sha256": _sources(),
         "versions": {"python": platform.python_version()} | versions("osdn", "torch", "transformers"),
         "device": f"cpu ({_processor()})",
         "threads": torch.get_num_threads(),
@@ -34,6 +36,15 @@ def versions(*packages: str) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def _sources() -> str:
+    """Tells two states of the code apart where git cannot: an edited, copied or installed package."""
+    package = Path(osdn.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _commit() -> str | None:

@@ -7,22 +7,27 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osdn.compare.config import Experiment, RunError
+from osdn.compare.config import Experiment, RunError, parse_variant
 from osdn.compare.provenance import provenance
 from osdn.compare.store import previous, read_checkpoint, write_checkpoint, write_json
 from osdn.data import MQAR, ByteText, ar_hits
 from osdn.data.mqar import IGNORE
 from osdn.diagnostics.residual import residual_ratio
 from osdn.models import OSDNConfig, OSDNForCausalLM
-from osdn.models.configuration import _MIXERS as MIXERS
+from osdn.models.configuration import MIXERS
+from osdn.nn import PreconditionerOptions
+
+_RULE = {field.name for field in fields(PreconditionerOptions)}
+_MIXER = {"allow_neg_eigval", "conv_size", "expand_v", "head_dim", "num_heads", "output_gate", "state_decay"}
 
 Metrics = dict[str, Any]
 Report = Callable[..., None]
@@ -53,9 +58,24 @@ class Job:
 
 
 def model_config(experiment: Experiment, name: str) -> OSDNConfig:
-    """The preset `name` at the experiment's size. Raises ValueError where there is none."""
-    if name not in MIXERS:
+    """The preset or variant `name` at the experiment's size, in the experiment's box unless it names its own d_max.
+
+    Raises ValueError where there is no such preset or option.
+    """
+    preset, options = parse_variant(name)
+    if preset not in MIXERS:
         raise ValueError(f"models: got {name!r}, takes names among {', '.join(MIXERS)}")
+    if unknown := sorted(options.keys() - _RULE - _MIXER):
+        raise ValueError(
+            f"models: got {name!r} with unknown {', '.join(unknown)}, takes {', '.join(sorted(_RULE | _MIXER))}"
+        )
+    rule = {option: value for option, value in options.items() if option in _RULE}
+    if MIXERS[preset]["preconditioner"] is None:
+        if rule:
+            raise ValueError(f"models: got {name!r}, takes no {', '.join(rule)}: {preset} has no preconditioner")
+    elif experiment.d_max is not None:
+        rule = {"d_max": experiment.d_max} | rule
+    mixer = {option: value for option, value in options.items() if option in _MIXER}
     size = {
         "vocab_size": experiment.vocab_size,
         "hidden_size": experiment.hidden_size,
@@ -64,10 +84,10 @@ def model_config(experiment: Experiment, name: str) -> OSDNConfig:
         "head_dim": experiment.head_dim,
         "intermediate_size": experiment.mlp_size,
     }
-    config = OSDNConfig.preset(f"{name}-tiny", **size)
-    if config.preconditioner is not None and experiment.d_max is not None:
-        config.preconditioner = config.preconditioner | {"d_max": experiment.d_max}
-    return config
+    try:
+        return OSDNConfig.preset(f"{preset}-tiny", **size | mixer, **({"preconditioner": rule} if rule else {}))
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"models: got {name!r}: {' '.join(str(error).split())}") from None
 
 
 def build(experiment: Experiment, name: str, seed: int) -> OSDNForCausalLM:
@@ -101,12 +121,16 @@ def train(job: Job, report: Report, stop: Callable[[], bool]) -> bool:
     model = build(experiment, job.model, job.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model, experiment.weight_decay))
     step, losses, history, seconds = 0, list[float](), list[Metrics](), 0.0
+    origin: list[dict[str, Any]] = []
 
     if state := read_checkpoint(job.checkpoint, job.stamp, lambda text: report("note", text)):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, losses, history, seconds = (state[name] for name in ("step", "losses", "history", "seconds"))
+        origin = state["origin"]
         report("step", step, losses[-1])
+    if not origin or origin[-1] != {"from_step": origin[-1]["from_step"], **provenance()}:
+        origin = [*origin, {"from_step": step, **provenance()}]
 
     def save() -> None:
         write_checkpoint(
@@ -119,6 +143,7 @@ def train(job: Job, report: Report, stop: Callable[[], bool]) -> bool:
                 "losses": losses,
                 "history": history,
                 "seconds": seconds,
+                "origin": origin,
             },
         )
 
@@ -152,7 +177,7 @@ def train(job: Job, report: Report, stop: Callable[[], bool]) -> bool:
         "state_bytes": model.config.state_bytes(),
         "tokens_per_second": steps * experiment.batch_size * experiment.seq_len / seconds,
         "training_seconds": seconds,
-        **provenance(),
+        "origin": origin,
     }
     write_json(job.result, content)
     previous(job.checkpoint).unlink(missing_ok=True)
@@ -206,14 +231,17 @@ class _Recall:
         return self._score(model, self.data)
 
     def details(self, model: OSDNForCausalLM) -> Metrics:
-        by_pairs = {str(n): self._score(model, recall_task(self.experiment, n)) for n in self.experiment.eval_pairs}
-        return {"by_pairs": by_pairs}
+        e, T = self.experiment, self.experiment.seq_len
+        by_pairs = {str(n): self._score(model, recall_task(e, n)) for n in e.eval_pairs}
+        longer = {str(T * m): self._score(model, replace(self.data, seq_len=T * m), m) for m in e.eval_lengths}
+        return {"by_pairs": by_pairs, "by_length": longer}
 
     def probe(self) -> Tensor:
         return self.data.batch(self.experiment.batch_size, seed=self.seed, split="test")[0]
 
-    def _score(self, model: OSDNForCausalLM, data: MQAR) -> Metrics:
-        ids, labels = data.batch(self.experiment.eval_sequences, seed=self.seed, split="test")
+    def _score(self, model: OSDNForCausalLM, data: MQAR, times: int = 1) -> Metrics:
+        n = -(-self.experiment.eval_sequences // times)
+        ids, labels = data.batch(n, seed=self.seed, split="test")
         loss, correct = _evaluate(model, ids, labels, self.experiment.batch_size)
         return {"loss": float(loss.mean()), "accuracy": float(correct.double().mean())}
 
@@ -231,17 +259,22 @@ class _Text:
         return ids, ids
 
     def evaluate(self, model: OSDNForCausalLM) -> Metrics:
-        loss, _ = _evaluate(model, self.held_out, self.held_out, self.experiment.batch_size)
-        hit = ar_hits(self.held_out)[:, 1:].flatten()
-        hits = {"hit_loss": float(loss[hit].mean()), "rest_loss": float(loss[~hit].mean())}
-        mean = float(loss.mean())
-        return {"loss": mean, "bits": mean / math.log(2), **hits, "hit_fraction": float(hit.double().mean())}
+        return self._score(model, self.held_out)
 
-    def details(self, model: OSDNForCausalLM) -> Metrics:  # noqa: ARG002
-        return {}
+    def details(self, model: OSDNForCausalLM) -> Metrics:
+        e, T = self.experiment, self.experiment.seq_len
+        blocks = {T * m: self.data.blocks(-(-e.eval_sequences // m), T * m) for m in e.eval_lengths}
+        return {"by_length": {str(length): self._score(model, rows) for length, rows in blocks.items()}}
 
     def probe(self) -> Tensor:
         return self.held_out[: self.experiment.batch_size]
+
+    def _score(self, model: OSDNForCausalLM, rows: Tensor) -> Metrics:
+        loss, _ = _evaluate(model, rows, rows, self.experiment.batch_size)
+        hit = ar_hits(rows)[:, 1:].flatten()
+        hits = {"hit_loss": float(loss[hit].mean()), "rest_loss": float(loss[~hit].mean())}
+        mean = float(loss.mean())
+        return {"loss": mean, "bits": mean / math.log(2), **hits, "hit_fraction": float(hit.double().mean())}
 
 
 def recall_task(experiment: Experiment, num_pairs: int) -> MQAR:

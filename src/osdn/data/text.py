@@ -78,9 +78,25 @@ class ByteText:
 
     def blocks(self, n: int, seq_len: int) -> Tensor:
         """`[min(n, all), seq_len]` int64: fixed disjoint blocks of the held-out text, evenly spread over it."""
-        total = len(self.held_out) // seq_len
-        starts = np.arange(min(n, total)) * total // min(n, total) * seq_len
-        return torch.from_numpy(self.held_out[starts[:, None] + np.arange(seq_len)].astype(np.int64))
+        return spread_blocks(self.held_out, n, seq_len)
+
+
+def spread_blocks(tokens: np.ndarray, n: int, seq_len: int) -> Tensor:
+    """`[min(n, all), seq_len]` int64: disjoint blocks of the row `tokens`, evenly spread over it; at least one fits."""
+    total = len(tokens) // seq_len
+    starts = np.arange(min(n, total)) * total // min(n, total) * seq_len
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len)].astype(np.int64))
+
+
+def read_bytes(argument: str, path: Path, most: int) -> bytes:
+    """A file, or all files below a directory, byte 0 behind each.
+
+    Raises ValueError naming `argument` and the path where that cannot be read, or holds nothing or more than `most`.
+    """
+    files = _files(argument, [path])
+    if (size := sum(file.stat().st_size for file in files)) > most:
+        raise ValueError(f"{argument}: got {path} of {size:,} bytes, takes at most {most:,}; a sample of it will do")
+    return _read(argument, files).tobytes()
 
 
 def ar_hits(ids: Tensor) -> Tensor:

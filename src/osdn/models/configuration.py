@@ -18,8 +18,9 @@ _BOX = {"feedback": "beta_aware", "d_max": 2.0, "forget": "none"}
 _GDN = {"state_decay": "scalar", "output_gate": "silu"}
 _KDA = {"state_decay": "channel", "output_gate": "sigmoid_lowrank"}
 
-# Preconditioner keys that are not named have the defaults of PreconditionerOptions, which are osdn-apf's.
-_MIXERS: dict[str, dict[str, Any]] = {
+# What each preset's name says of the mixer. Preconditioner keys that are not named have the defaults of
+# PreconditionerOptions, which are osdn-apf's.
+MIXERS: dict[str, dict[str, Any]] = {
     "deltanet": {"preconditioner": None},
     "osdn": {"preconditioner": {"d_max": 2.0, "d_init": 0.0, "learn_d_init": False, "forget": "none"}},
     "osdn-apf": {"preconditioner": {}},
@@ -150,14 +151,14 @@ class OSDNConfig(PreTrainedConfig):
             ValueError: for an unknown name, listing what exists, and for an override that is no field, by name.
         """
         mixer, _, size = name.rpartition("-")
-        if mixer not in _MIXERS or size not in _SIZES:
-            takes = f"<mixer>-<size> with a mixer of {', '.join(_MIXERS)} and a size of {', '.join(_SIZES)}"
+        if mixer not in MIXERS or size not in _SIZES:
+            takes = f"<mixer>-<size> with a mixer of {', '.join(MIXERS)} and a size of {', '.join(_SIZES)}"
             refuse("preset", repr(name), takes)
         if unknown := sorted(set(overrides) - set(_FIELDS)):
             raise ValueError(f"{', '.join(unknown)}: OSDNConfig has no such field, takes {', '.join(_FIELDS)}")
-        values = {**_SIZES[size], **_MIXERS[mixer], **overrides}
+        values = {**_SIZES[size], **MIXERS[mixer], **overrides}
         if isinstance(overrides.get("preconditioner"), dict):
-            values["preconditioner"] = {**(_MIXERS[mixer]["preconditioner"] or {}), **overrides["preconditioner"]}
+            values["preconditioner"] = {**(MIXERS[mixer]["preconditioner"] or {}), **overrides["preconditioner"]}
         return cls(**values)
 
     def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:

@@ -8,25 +8,45 @@ Parameter names are flash-linear-attention's, besides `d0` and `forget_proj`, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from osdn.nn.conv import causal_conv1d
 from osdn.nn.norm import RMSNorm
 from osdn.nn.options import PreconditionerOptions
 from osdn.nn.packing import find_packing
-from osdn.ops.api import check_packing, online_scaled_delta_rule
-from osdn.ops.options import Backend, no_autocast, refuse, work_dtype
+from osdn.ops.api import check_packing, l2norm, online_scaled_delta_rule, precondition
+from osdn.ops.options import Backend, Preconditioner, no_autocast, refuse, work_dtype
 from osdn.ops.state import DeltaState
 from osdn.ops.step import online_scaled_delta_step
 
 StateDecay = Literal["none", "scalar", "channel"]
 OutputGate = Literal["none", "silu", "sigmoid_lowrank"]
 _DEFAULT_PRECONDITIONER = PreconditionerOptions()
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """What the tokens of one call write with; a hook gets it, see `OnlineScaledDeltaNet.register_write_hook`.
+
+    k: `[B, T, HV, K]`, as read: normalised, repeated over value heads. beta: `[B, T, HV]`.
+    forget: log lambda `[B, T, HV]`; None is lambda = 1.
+    d: `[B, T, HV, K]`, before each token's own update; None is d == 1, the plain delta rule. rule: of d, or None.
+    All in the work dtype. Padding is left out and packed batches are one row, as the operator sees them.
+    """
+
+    k: Tensor
+    beta: Tensor
+    forget: Tensor | None
+    d: Tensor | None
+    rule: Preconditioner | None
 
 
 class OnlineScaledDeltaNet(nn.Module):
@@ -118,7 +138,16 @@ class OnlineScaledDeltaNet(nn.Module):
             self.g_proj = _low_rank(hidden_size, V, HV * V, bias=True)
         self.o_norm = RMSNorm(V, norm_eps)
         self.o_proj = nn.Linear(HV * V, hidden_size, bias=False)
+        self._write_hooks: OrderedDict[int, Callable[[OnlineScaledDeltaNet, Writes], None]] = OrderedDict()
         self.init_special_parameters()
+
+    def register_write_hook(self, hook: Callable[[OnlineScaledDeltaNet, Writes], None]) -> RemovableHandle:
+        """`hook(layer, writes)` is called before every call of the operator, prefill and decoding alike, until
+        `handle.remove()`. d is computed anew for it, by `osdn.precondition`: the operator keeps its own to itself.
+        """
+        handle = RemovableHandle(self._write_hooks)
+        self._write_hooks[handle.id] = hook
+        return handle
 
     @torch.no_grad()
     def init_special_parameters(self) -> None:
@@ -192,6 +221,10 @@ class OnlineScaledDeltaNet(nn.Module):
         beta = 2 * beta if self.allow_neg_eigval else beta
         g, forget = self._log_decay(x), self.forget_proj(x) if hasattr(self, "forget_proj") else None
         rule = None if self.preconditioner is None else self.preconditioner.rule()
+        if self._write_hooks:
+            writes = self._writes(k, beta, forget, rule, state.d, cu_seqlens)
+            for hook in list(self._write_hooks.values()):
+                hook(self, writes)
         if steps:
             q, k, v, beta = (y[:, 0] for y in (q, k, v, beta))
             g, forget = (None if y is None else y[:, 0] for y in (g, forget))
@@ -217,6 +250,27 @@ class OnlineScaledDeltaNet(nn.Module):
             gate = self.g_proj(x).to(work)
             gate = (F.silu(gate) if self.output_gate == "silu" else torch.sigmoid(gate)).view_as(o)
         return self.o_proj(self.o_norm(o, gate).flatten(2))
+
+    def _writes(
+        self,
+        k: Tensor,
+        beta: Tensor,
+        forget: Tensor | None,
+        rule: Preconditioner | None,
+        d: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Writes:
+        k = l2norm(k.to(beta.dtype)).repeat_interleave(self.HV // self.H, 2)
+        if rule is not None:
+            d, _ = precondition(
+                *(k, beta),
+                preconditioner=rule,
+                forget=forget,
+                initial_d=d,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+            )
+        return Writes(k, beta, forget, d, rule)
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
         """[B, T, HV] or [B, T, HV, K], work dtype."""

@@ -1,0 +1,207 @@
+"""The work behind `osdn diagnose`: checkpoint, data, measurement, files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from osdn.compare.config import Experiment, RunError
+from osdn.compare.provenance import provenance
+from osdn.compare.store import read_json, write_atomic, write_json
+from osdn.compare.train import build
+from osdn.data import MQAR
+from osdn.data.text import read_bytes, spread_blocks
+from osdn.diagnostics.config import Diagnose
+from osdn.diagnostics.measure import diagnose
+from osdn.diagnostics.page import page
+
+Encode = Callable[[bytes], Tensor]
+_MOST_BYTES = 1 << 26  # of one task; all of it is read, and only some blocks are used
+
+
+def run(config: Diagnose) -> None:
+    """See `Diagnose`."""
+    for name in ("seq_len", "sequences", "chunk_size", "batch_size"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name}: got {value}, takes an int >= 1")
+    _check_writable(config.out)
+    model = load_model(config.checkpoint)
+    tasks = load_tasks(config, model)
+    steps = sum(-(-len(ids) // config.batch_size) for ids in tasks.values()) * -(-config.seq_len // config.chunk_size)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=steps)
+        measured = diagnose(
+            model,
+            tasks,
+            chunk_size=config.chunk_size,
+            batch_size=config.batch_size,
+            progress=lambda: bar.advance(task),
+        )
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": str(config.checkpoint),
+        "data": list(config.data),
+        **provenance(),
+        **measured,
+    }
+    contents = {"heads.csv": heads_csv(result), "positions.csv": positions_csv(result), "index.html": page(result)}
+    write_json(config.out / "diagnosis.json", result)
+    for name, text in contents.items():
+        write_atomic(config.out / name, text.encode())
+    for name, content in result["tasks"].items():
+        ratios = [layer["all"]["ratio"] for layer in content["layers"]]
+        print(f"{name}: residual ratio by layer {' '.join(f'{q:.3f}' for q in ratios)}")
+    if not any("d" in layer["all"] for content in result["tasks"].values() for layer in content["layers"]):
+        print("the checkpoint has no preconditioner (d = 1): there is a residual ratio, and no d to show")
+    print(f"wrote {', '.join(contents)} and diagnosis.json in {config.out}")
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise RunError(f"out: got {out}, which cannot be written to ({error.strerror}); takes a directory") from None
+
+
+def load_model(path: Path) -> nn.Module:
+    """A model saved by transformers, or the checkpoint of a job of `osdn compare`. Raises ValueError, naming it."""
+    if path.suffix == ".pt":
+        return _model_of_a_job(path)
+    if not (path / "config.json").is_file():
+        takes = "a directory with config.json, as save_pretrained writes it, or a .pt of an osdn compare run"
+        raise ValueError(f"checkpoint: got {path}, takes {takes}")
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint: got {path}, which cannot be loaded ({_line(error)})") from None
+    return model
+
+
+def _model_of_a_job(path: Path) -> nn.Module:
+    if not path.is_file():
+        raise ValueError(f"checkpoint: got {path}, which does not exist")
+    identity = read_json(path.parents[1] / "config.json", {"models", "task"}, print)
+    name, _, seed = path.stem.rpartition("-seed")
+    if identity is None or name not in identity["models"]:
+        raise ValueError(
+            f"checkpoint: got {path}, takes jobs/<model>-seed<i>.pt below an osdn compare run's config.json"
+        )
+    known = {key: x for key, x in identity.items() if key in Experiment.__dataclass_fields__}
+    fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in known.items()}
+    model = build(Experiment(**fields), name, int(seed))
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    except Exception as error:  # whatever damaged bytes lead torch.load to
+        raise ValueError(f"checkpoint: got {path}, which cannot be loaded ({_line(error)})") from None
+    return model
+
+
+def load_tasks(config: Diagnose, model: nn.Module) -> dict[str, Tensor]:
+    """Name -> `[n, T]` token ids of every item of `data`. Raises ValueError, naming the item."""
+    tasks: dict[str, Tensor] = {}
+    encode: Encode | None = None
+    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    for item in config.data:
+        name, _, source = item.rpartition("=")
+        if match := re.fullmatch(r"mqar:(\d+)x(\d+)", source):
+            task = MQAR(int(match[1]), config.seq_len, vocabulary, int(match[2]))
+            ids = task.batch(config.sequences, seed=0, split="test")[0]
+        else:
+            encode = encode or _encoder(config, vocabulary)
+            ids = _blocks(item, Path(source), encode, config.sequences, config.seq_len)
+        name = name or (source if match else Path(source).name or source)
+        if name in tasks:
+            raise ValueError(f"data: got {name!r} twice, takes different names, as in 'name=path'")
+        tasks[name] = ids
+    if not tasks:
+        raise ValueError("data: got nothing, takes paths or mqar:<pairs>x<passes>")
+    return tasks
+
+
+def _encoder(config: Diagnose, vocabulary: int) -> Encode:
+    """Bytes to token ids."""
+    name = config.tokenizer
+    if name == "bytes" or (name is None and vocabulary == 256 and not _has_tokenizer(config.checkpoint)):
+        if vocabulary < 256:
+            raise ValueError(f"tokenizer: got bytes for a vocabulary of {vocabulary}, takes one of at least 256")
+        return lambda text: torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    if name is None and not _has_tokenizer(config.checkpoint):
+        raise ValueError(
+            f"tokenizer: got none, and {config.checkpoint} holds none; takes a directory, or bytes, where data is text"
+        )
+    source = config.checkpoint if name is None else Path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: got {source}, which cannot be loaded ({_line(error)})") from None
+
+    def encode(text: bytes) -> Tensor:
+        ids = tokenizer(text.decode(errors="replace").replace("\0", "\n"), add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    return encode
+
+
+def _has_tokenizer(checkpoint: Path) -> bool:
+    return checkpoint.is_dir() and any(checkpoint.glob("tokenizer*"))
+
+
+def _blocks(item: str, path: Path, encode: Encode, n: int, seq_len: int) -> Tensor:
+    ids = encode(read_bytes("data", path, _MOST_BYTES)).numpy()
+    if len(ids) < seq_len:
+        raise ValueError(f"data: got {item!r} of {len(ids)} tokens, takes at least seq_len = {seq_len}")
+    return spread_blocks(ids, n, seq_len)
+
+
+def heads_csv(result: dict[str, Any]) -> str:
+    """A row for every task, layer and head."""
+    rows = [
+        {"task": task, "layer": layer["name"], "head": h, **means}
+        for task, content in result["tasks"].items()
+        for layer in content["layers"]
+        for h, means in enumerate(layer["heads"])
+    ]
+    return _csv(rows)
+
+
+def positions_csv(result: dict[str, Any]) -> str:
+    """A row for every task, layer and bin of relative position, with quantiles; a position is its bin's centre."""
+    rows = []
+    for task, content in result["tasks"].items():
+        for layer in content["layers"]:
+            for i, means in enumerate(layer["positions"]):
+                row = {"task": task, "layer": layer["name"], "position": (i + 0.5) / len(layer["positions"])}
+                row |= {name: x for name, x in means.items() if name != "quantiles"}
+                for name, values in means["quantiles"].items():
+                    row |= {f"{name}_{100 * q:.0f}%": x for q, x in zip(result["levels"], values, strict=True)}
+                rows.append(row)
+    return _csv(rows)
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
