@@ -12,6 +12,7 @@ import tyro
 
 from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
+from osdn.theory.config import Theory
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Compare:
         compare(experiment, out=self.out, workers=self.workers, checkpoint_every=self.checkpoint_every)
 
 
-SUBCOMMANDS: dict[str, Callable[..., Compare | Bench]] = {"compare": Compare, "bench": Bench}
+SUBCOMMANDS: dict[str, Callable[..., Compare | Bench | Theory]] = {"compare": Compare, "bench": Bench, "theory": Theory}
 
 
 def main(arguments: list[str] | None = None) -> int:
