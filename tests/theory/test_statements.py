@@ -30,6 +30,46 @@ def squares(k, beta, d):
     return w, 1 - (d[0, :, 0] * w).sum(-1)
 
 
+def test_a_write_is_a_preconditioned_gradient_step():
+    """S + beta (d * k) (v - S^T k)^T = S - beta Diag(d) grad ||S^T k - v||^2 / 2, by autograd."""
+    draws, k, beta, d = stream(0, 1)
+    v, S = draws.randn(1, 1, 3), draws.randn(1, 5, 3).requires_grad_()
+    [gradient] = torch.autograd.grad((read(S, k) - v).square().sum() / 2, S)
+    [after] = learn(k, v, beta, osdn.Preconditioner(), d=d, S=S.detach())
+    torch.testing.assert_close(after, S.detach() - beta[..., None] * d[..., None] * gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [None, "scalar", "channel"])
+def test_what_a_write_leaves_of_the_residual(decay):
+    """(1 - beta x) of the residual of the decayed state, vector for vector; of the undecayed one's, another multiple of
+    another vector: its loss ratio has the factor ||alpha r - (1 - alpha) v||^2 / ||r||^2."""
+    draws, k, beta, d = stream(2, 1)
+    v, S = draws.randn(1, 1, 3), draws.randn(1, 5, 3)
+    g = None if decay is None else draws.rand(*((1, 1) if decay == "scalar" else (1, 1, 5))).log()
+    kept = S if g is None else S * g[:, 0].exp().view(1, 1, -1, 1)
+    _, after = osdn.online_scaled_delta_rule(
+        *(k, k, v, beta),
+        g=g,
+        preconditioner=osdn.Preconditioner(),
+        initial_state=osdn.DeltaState(S, d),
+        output_final_state=True,
+        qk_l2norm=False,
+        backend="reference",
+    )
+    left = 1 - beta * (d * k.square()).sum(-1)
+    after, decayed, undecayed = (v - read(x, k) for x in (after.S, kept, S))
+    torch.testing.assert_close(after, left[..., None] * decayed, rtol=1e-12, atol=1e-12)
+    ratio = after.square().sum() / undecayed.square().sum()
+    if decay is None:
+        torch.testing.assert_close(ratio, left.square().sum(), rtol=1e-12, atol=0)
+    else:
+        assert abs(ratio / left.square().sum() - 1) > 0.1
+    if decay == "scalar":
+        alpha, r = g.exp().item(), -undecayed
+        q = (alpha * r - (1 - alpha) * v).square().sum() / r.square().sum()
+        torch.testing.assert_close(ratio, q * left.square().sum(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("length", [1.0, 1.7])
 def test_feedback_descends_the_surrogate(length):
     """h(d) = (f(S_t) - f(S_{t-1})) / ||grad f||^2 does not depend on S or v, and its gradient, by autograd through the
@@ -203,6 +243,17 @@ def test_a_box_keeps_every_step_from_growing(seed, beta_max):
     assert (radius <= 1 + 1e-7).all()
     left = 1 - beta * (d / 2 * k * k).sum(-1)
     assert ((left >= 0) & (left <= 1)).all()
+
+
+def test_a_constant_d_bounds_products():
+    """By sqrt(d_max / d_min), with s in [0, 2]; a step alone comes near it."""
+    draws = Draws(range(5))
+    T, K = 60, 4
+    k, beta, d = unit(draws.randn(T, 1, K)), 2 * draws.rand(T, 1), torch.tensor([[[0.2, 0.5, 0.9, 1.0]]], dtype=F64)
+    identity = torch.eye(K, dtype=F64).expand(5, 1, K, K).contiguous()
+    states = learn(k, torch.zeros_like(k), beta, osdn.Preconditioner(0.0), d=d, S=identity, marks=range(1, T))
+    norms = torch.stack([torch.linalg.matrix_norm(S, 2) for S in states])
+    assert 1.05 < norms.max() <= 5**0.5
 
 
 def test_a_box_does_not_bound_products():

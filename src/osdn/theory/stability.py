@@ -1,4 +1,4 @@
-"""Products of the transitions B_t = I - beta_t (d_t * k_t) k_t^T (statement 17 of docs/math.md)."""
+"""Products of the transitions B_t = I - beta_t (d_t * k_t) k_t^T (statement 18 of docs/math.md)."""
 
 from __future__ import annotations
 
