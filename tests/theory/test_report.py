@@ -79,6 +79,8 @@ def test_a_run_leaves_table_raw_values_and_figures(experiments, tmp_path, termin
     assert content["experiments"]["S6"]["seeds"] == [3, 4]
     first, second = content["experiments"]["S6"]["rows"]
     assert (first["agrees"], first["each"], second["measured"], second["high"]) == (False, [2.0], "inf", "inf")
+    curve, names = content["experiments"]["S6"]["panels"]
+    assert (curve["lines"]["a line"], names["lines"]["b"]) == ([[1.0, 2.0], [3.0, 4.0]], [["p", "q"], [1.0, 2.0]])
     lines = list(csv.reader((out / "table.csv").read_text().splitlines()))
     assert lines[0][-2:] == ["verdict", "each"]
     assert [line[-2] for line in lines[1:]] == ["agrees", "agrees", "DISAGREES", "agrees"]

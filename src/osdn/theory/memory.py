@@ -40,8 +40,8 @@ ROUNDING = "equal but for rounding"
 def diagonal_covariance() -> Outcome:
     """S1."""
     draws, k, target = _stream(1e4)
-    published = {"DeltaNet": "2.6e-4", "with APF .999": "2.0e-3"}
-    return _convergence("diagonal", draws, k, target, torch.eye(K, dtype=F64), published, "7e-32")
+    earlier = {"DeltaNet": "2.6e-4", "with APF .999": "2.0e-3"}
+    return _convergence("diagonal", draws, k, target, torch.eye(K, dtype=F64), earlier, "7e-32")
 
 
 def rotated_covariance() -> Outcome:
@@ -58,7 +58,7 @@ def _stream(kappa: float) -> tuple[Draws, Tensor, Tensor]:
 
 
 def _convergence(
-    which: str, draws: Draws, straight: Tensor, target: Tensor, R: Tensor, published: dict[str, str], newton: str
+    which: str, draws: Draws, straight: Tensor, target: Tensor, R: Tensor, earlier: dict[str, str], newton: str
 ) -> Outcome:
     """straight: keys in the basis of their covariance; R turns them into those that are used."""
     k = straight @ R.mT
@@ -76,7 +76,7 @@ def _convergence(
     final = {name: each[-1] for name, each in losses.items()}
     tie = ((states["OSDN"][-1] - states["DeltaNet"][-1]).norm() / states["DeltaNet"][-1].norm())[None]
     rows = (
-        *(sampled(f"F, {name}", final[name], value) for name, value in published.items()),
+        *(sampled(f"F, {name}", final[name], value) for name, value in earlier.items()),
         at_most("state of OSDN (beta-free) beside DeltaNet's", tie, 1e-12, ROUNDING, "same"),
         at_most("F, right-Newton with βx = 1", final["right-Newton"], 1e-24, ROUNDING, newton),
         at_most(
@@ -108,7 +108,7 @@ def noise() -> Outcome:
     beta, disturbance = 0.1 + 0.8 * draws.rand(T, 1), draws.randn(T, 1, V)
     d, _ = preconditioners(k, beta, AWARE)
     ratios = {"DeltaNet": token_ratio(k, beta, torch.ones(K)), "beta-aware": token_ratio(k, beta, d)}
-    published = {
+    earlier = {
         ("DeltaNet", 0.0): "4.8e-4",
         ("beta-aware", 0.0): "6.7e-4",
         ("DeltaNet", 0.5): "0.128",
@@ -125,7 +125,7 @@ def noise() -> Outcome:
             states = learn(k, v, beta, rule, marks=MARKS)
             losses = torch.stack([relative_loss(S, target, k) for S in states])
             final[name, level] = losses[-1]
-            rows.append(sampled(f"F, noise {level:g}, {name}", losses[-1], published[name, level]))
+            rows.append(sampled(f"F, noise {level:g}, {name}", losses[-1], earlier[name, level]))
             lines[f"{name}, noise {level:g}"] = ((*MARKS, T), losses.mean(1))
     worse = torch.stack([final["beta-aware", x] / final["DeltaNet", x] for x in (0.0, 0.5)]).mean(1)
     rows.append(at_least("F, beta-aware over DeltaNet, noise 0 and .5", worse, 1.0, "the sign", "> 1: worse"))
@@ -229,7 +229,7 @@ def correlated_gates() -> Outcome:
         "with APF .9995": (osdn.Preconditioner(4.0, "beta_aware", d_max=10.0), 0.9995),
         "aware, d_max 2.5": (osdn.Preconditioner(4.0, "beta_aware", d_max=2.5), 1.0),
     }  # fmt: skip
-    published = {
+    earlier = {
         "DeltaNet": (".34", ".338", ".41", ".190"),
         "aware, d_max 10": ("6e-6", ".123", "1.26", ".046"),
         "with APF .9995": ("4e-3", ".115", ".78", ""),
@@ -260,7 +260,7 @@ def correlated_gates() -> Outcome:
         )
         rows += [
             sampled(f"{quantity}, {name}", each, value, log=value == "6e-6")
-            for quantity, each, value in zip(what, measured, published[name])
+            for quantity, each, value in zip(what, measured, earlier[name])
             if value
         ]
         smooth = ratio.mean((0, 2)).unfold(0, 64, 64).mean(-1)
@@ -297,8 +297,8 @@ def one_pass_recall() -> Outcome:
     K, pairs = 64, 16
     rows: list[Row] = []
     left: dict[float, dict[str, float]] = {}
-    published = {1.0: (".334", ".334", ".185", ".185"), 100.0: (".408", ".408", ".346", ".351")}
-    for condition, values in published.items():
+    earlier = {1.0: (".334", ".334", ".185", ".185"), 100.0: (".408", ".408", ".346", ".351")}
+    for condition, values in earlier.items():
         draws = Draws(range(64))
         k = unit(draws.randn(WARM_UP + pairs, 1, K) * spectrum(condition, K).sqrt())
         beta, v = 0.3 + 0.4 * draws.rand(WARM_UP + pairs, 1), draws.randn(pairs, 1, V)

@@ -1,4 +1,8 @@
-"""What an experiment hands back: rows of the table, panels of its figure, and what it says in words."""
+"""What an experiment hands back: rows of the table, panels of its figure, and what it says in words.
+
+What a row expects is a closed form, an inequality, or the figure of an earlier implementation of the same experiment,
+written independently of this library and with other random numbers.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +61,10 @@ class Outcome:
 
 
 def sampled(quantity: str, each: Numbers, expected: str, draws: int = 8, *, log: bool = False) -> Row:
-    """The mean over seeds beside a published mean over `draws` other seeds.
+    """The mean over seeds beside an earlier implementation's mean over `draws` other seeds.
 
-    Accepted within three standard errors of the difference of the two means, plus half a unit of the published
-    figure's last digit. log: the same for log10 of the values, where they spread by factors; measured is then the
+    Accepted within three standard errors of the difference of the two means, plus half a unit of the earlier figure's
+    last digit. log: the same for log10 of the values, where they spread by factors; measured is then the
     geometric mean.
     """
     values = floats(each)

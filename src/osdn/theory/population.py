@@ -131,8 +131,8 @@ def steps_to_the_optimum() -> Outcome:
         long = min(60_000, round(25 * kappa))
         runs["gradient descent"].append(descend(covariance, start, long, eta=0.0, diagonal=False))
         for name, each in runs.items():
-            if published := PUBLISHED_STEPS.get((name, kappa)):
-                rows.append(sampled(f"{name}, κ = {kappa:g}: steps to 1e-20", each[-1].steps_to(1e-20), published, 1))
+            if earlier := EARLIER_STEPS.get((name, kappa)):
+                rows.append(sampled(f"{name}, κ = {kappa:g}: steps to 1e-20", each[-1].steps_to(1e-20), earlier, 1))
     never = runs["gradient descent"][-1].steps_to(1e-20)
     rows.append(at_least("gradient descent, κ = 10000: steps to 1e-20", never, 60_000, "ran for 60000", "> 60000"))
     turned = descend(R.mT @ torch.diag(spectrum(100.0, K)) @ R, start, 200, diagonal=False)
@@ -182,7 +182,7 @@ def steps_to_the_optimum() -> Outcome:
     )
 
 
-PUBLISHED_STEPS = {
+EARLIER_STEPS = {
     ("full D", 10.0): "42",
     ("full D", 100.0): "122",
     ("full D", 1e4): "984",
@@ -243,9 +243,9 @@ def gap_at_800() -> Outcome:
         "diagonal D": descend(covariance, start, 800, diagonal=True),
         "gradient descent": descend(covariance, start, 800, eta=0.0, diagonal=False),
     }
-    published = {"full D": "-13.7", "diagonal D": "-13.7", "gradient descent": "-3.4"}
+    earlier = {"full D": "-13.7", "diagonal D": "-13.7", "gradient descent": "-3.4"}
     rows = tuple(
-        sampled(f"{name}: log10 of the relative gap at T = 800", run.log_gap[-1], published[name], 1)
+        sampled(f"{name}: log10 of the relative gap at T = 800", run.log_gap[-1], earlier[name], 1)
         for name, run in runs.items()
     )
     lines: Lines = {name: (range(801), run.log_gap[:, 0]) for name, run in runs.items()}

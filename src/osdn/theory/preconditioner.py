@@ -81,10 +81,10 @@ def forgetting_pulls_to_zero() -> Outcome:
     k = unit(draws.randn(T, 1, K))
     rows: list[Row] = []
     lines: Lines = {}
-    for eta, lam, published in ((0.1, 0.99, ".135"), (1.0, 0.99, ".610"), (1.0, 0.999, ".940")):
+    for eta, lam, earlier in ((0.1, 0.99, ".135"), (1.0, 0.99, ".610"), (1.0, 0.999, ".940")):
         d, _ = preconditioners(k, constant(k, 1.0), osdn.Preconditioner(eta), forget=lam)
-        rows.append(sampled(f"mean d, η = {eta:g}, λ = {lam:g}", mean(d[:, T // 2 :]), published, 1))
-        lines[f"η = {eta:g}, λ = {lam:g}"] = (range(T), d.mean((0, 2, 3)))
+        rows.append(sampled(f"mean d, η = {eta:g}, λ = {lam:g}", mean(d[:, T // 2 :]), earlier, 1))
+        lines[f"η = {eta:g}, λ = {lam:g}"] = (range(0, T, 10), d.mean((0, 2, 3))[::10])
         fixed = 1 / (1 + K * (1 - lam) / eta)
         lines[f"expected {fixed:.3f}"] = ((0, T), (fixed, fixed))
     return Outcome(
@@ -113,7 +113,7 @@ def aware_fixed_point() -> Outcome:
         ),
     )
     line: Lines = {
-        "mean of d": (range(T), d.mean((0, 2, 3))),
+        "mean of d": (range(0, T, 10), d.mean((0, 2, 3))[::10]),
         "expected 1/β": ((0, T), (2, 2)),
     }
     return Outcome(
@@ -136,14 +136,14 @@ def covariance_in_d() -> Outcome:
     rows: list[Row] = []
     dots: Lines = {}
     aware, free = (osdn.Preconditioner(1.0, feedback, 1e-3, 9.0) for feedback in ("beta_aware", "beta_free"))
-    for name, rule, beta, lam, published in (
+    for name, rule, beta, lam, earlier in (
         ("aware, β = .5", aware, constant(k, 0.5), 1.0, ".92"),
         ("aware, β ~ U(.1, .9)", aware, varied, 1.0, ".92"),
         ("beta-free, APF .999", free, varied, 0.999, ".98"),
     ):
         _, end = preconditioners(k, beta, rule, forget=lam)
         each = [float(torch.corrcoef(torch.stack([d.flatten().log(), scales.log()]))[0, 1]) for d in end]
-        rows.append(sampled(f"corr(log d, log Σ_ii), {name}", each, published))
+        rows.append(sampled(f"corr(log d, log Σ_ii), {name}", each, earlier))
         dots[name] = (scales.repeat(len(end)), end.flatten())
     smallest = [min(row.each) for row in rows]
     rows.append(at_least("smallest of all these correlations", smallest, 0.0, "Newton's sign is -", "> 0"))

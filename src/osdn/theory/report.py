@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +20,7 @@ from osdn.compare.provenance import provenance
 from osdn.compare.store import write_atomic, write_json
 from osdn.theory import memory, population, preconditioner, stability
 from osdn.theory.config import Name
-from osdn.theory.outcome import Outcome, Row
+from osdn.theory.outcome import Numbers, Outcome, Row
 
 EXPERIMENTS: Mapping[Name, Callable[[], Outcome]] = {
     "T1": preconditioner.exactness,
@@ -94,7 +94,7 @@ def run(only: tuple[Name, ...], out: Path | None, console: Console | None = None
 
 
 def plain(outcome: Outcome) -> dict[str, Any]:
-    """Strict JSON: infinities and NaN as text."""
+    """Rows with every seed's value and the points of the figure; strict JSON, with infinities and NaN as text."""
     rows = [
         {
             "quantity": row.quantity,
@@ -104,12 +104,24 @@ def plain(outcome: Outcome) -> dict[str, Any]:
             "high": _number(row.high),
             "why": row.why,
             "agrees": row.agrees,
-            "each": [_number(x) for x in row.each],
+            "each": _plain(row.each),
         }
         for row in outcome.rows
     ]
     text = {"title": outcome.title, "gives": outcome.gives, "lacks": outcome.lacks}
-    return text | {"seeds": list(outcome.seeds), "rows": rows}
+    panels = [
+        {
+            "x": panel.x,
+            "y": panel.y,
+            "lines": {label: [_plain(x), _plain(y)] for label, (x, y) in panel.lines.items()},
+        }
+        for panel in outcome.panels
+    ]
+    return text | {"seeds": list(outcome.seeds), "rows": rows, "panels": panels}
+
+
+def _plain(values: Numbers | Sequence[str]) -> list[float | str]:
+    return [x if isinstance(x, str) else _number(float(x)) for x in values]
 
 
 def _number(x: float) -> float | str:
