@@ -119,6 +119,7 @@ def test_steps_to():
 def test_an_error_of_zero_stays():
     run = descend(torch.eye(3, dtype=F64), torch.ones(1, 3, 2, dtype=F64), 3, diagonal=True)
     assert run.log_gap[1:, 0].tolist() == [-300.0, -600.0, -900.0]
+    assert (run.surrogate < 1e-299).all()
 
 
 @pytest.mark.parametrize("experiment", [gap_at_800, box_truncation])
