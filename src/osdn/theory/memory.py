@@ -223,12 +223,13 @@ def correlated_gates() -> Outcome:
     low = torch.cat([first_half[:, : T // 2], ~first_half[:, T // 2 :]], 1)
     beta = torch.where(low, 0.2, 0.8).to(k)
     old, fresh = draws.randn(1, K, V), draws.randn(1, K, V)
-    h, rules = T // 2, {
+    h = T // 2
+    rules = {
         "DeltaNet": (osdn.Preconditioner(0.0), 1.0),
         "aware, d_max 10": (osdn.Preconditioner(4.0, "beta_aware", d_max=10.0), 1.0),
         "with APF .9995": (osdn.Preconditioner(4.0, "beta_aware", d_max=10.0), 0.9995),
         "aware, d_max 2.5": (osdn.Preconditioner(4.0, "beta_aware", d_max=2.5), 1.0),
-    }  # fmt: skip
+    }
     earlier = {
         "DeltaNet": (".34", ".338", ".41", ".190"),
         "aware, d_max 10": ("6e-6", ".123", "1.26", ".046"),
@@ -259,7 +260,7 @@ def correlated_gates() -> Outcome:
             "state error, last 96 tokens before the swap",
         )
         rows += [
-            sampled(f"{quantity}, {name}", each, value, log=value == "6e-6")
+            sampled(f"{quantity}, {name}", each, value, log="e" in value)
             for quantity, each, value in zip(what, measured, earlier[name])
             if value
         ]
