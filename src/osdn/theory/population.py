@@ -275,6 +275,11 @@ def box_truncation() -> Outcome:
         rows.append(within(f"d_max = {d_max:g}, λ_min = 0.01: ρ at T = {steps}", run.ratio[-1], limit, 1e-3, why))
         lines[f"d_max = {d_max:g}"] = (range(1, steps + 1), run.ratio[:, 0])
     free = descend(covariance, start, 300, diagonal=True)
+    wide = descend(covariance, start, 300, diagonal=True, d_max=150.0)
+    apart = (wide.log_gap - free.log_gap).abs().amax(0)
+    rows.append(
+        at_most("d_max = 150, which holds Σ^-1: log10 of the gap beside no box, 300 steps", apart, 1e-9, "equal", "0")
+    )
     lines["no box"] = (range(1, 301), free.ratio[:, 0])
     return Outcome(
         "Population feedback: a box that excludes Σ^-1",
