@@ -74,11 +74,34 @@ def test_a_broken_readme_example_is_noticed():
         run_blocks("text\n\n```python\n1 / 0\n```\n")
 
 
+def unchecked(markdown):
+    """Numbered statements that name no test, and names of tests that do not exist."""
+    parts = re.split(r"^\*\*(\d+)\. ", markdown.partition("## What follows")[0], flags=re.MULTILINE)
+    statements = dict(zip(parts[1::2], parts[2::2]))
+    named = {n: re.findall(r"`([\w/]+\.py)::(test_\w+)`", text) for n, text in statements.items()}
+    paths = {path: ROOT / "tests" / path for each in named.values() for path, _ in each}
+    sources = {name: path.read_text() if path.is_file() else "" for name, path in paths.items()}
+    missing = [f"{p}::{t}" for each in named.values() for p, t in each if f"def {t}(" not in sources[p]]
+    return [n for n, each in named.items() if not each], missing, len(statements)
+
+
 def test_the_mathematics_names_tests_that_exist():
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "math.md").read_text()))
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    assert len(named) > 10
-    assert {name for name in named if f"def {name}(" not in tests} == set()
+    text = (ROOT / "docs" / "math.md").read_text()
+    bare, missing, statements = unchecked(text)
+    assert (bare, missing) == ([], [])
+    assert statements == 18
+    assert len(re.findall(r"`[^`]*test_\w+`", text)) == len(re.findall(r"`[\w/]+\.py::test_\w+`", text))
+
+
+def test_a_statement_without_its_test_is_noticed():
+    text = (
+        "**1. One.** x\nTest: `test_import.py::test_public_names`.\n\n**2. Two.** Test: `test_import.py::test_gone`.\n"
+    )
+    assert unchecked(text + "**3. Three.** `nowhere/test_x.py::test_y`\n\n**4. Four.** none") == (
+        ["4"],
+        ["test_import.py::test_gone", "nowhere/test_x.py::test_y"],
+        4,
+    )
 
 
 # Written so that they do not match themselves.

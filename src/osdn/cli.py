@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import tyro
 
 from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
 from osdn.diagnostics.config import Diagnose
+from osdn.theory.config import Theory
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,17 @@ class Compare:
         )
 
 
-SUBCOMMANDS: dict[str, Callable[..., Compare | Bench | Diagnose]] = {
+class Command(Protocol):
+    """A subcommand's config."""
+
+    def run(self) -> None:
+        """Raises ValueError or RunError for a request that cannot be met."""
+
+
+SUBCOMMANDS: dict[str, Callable[..., Command]] = {
     "compare": Compare,
     "diagnose": Diagnose,
+    "theory": Theory,
     "bench": Bench,
 }
 

@@ -128,6 +128,32 @@ def test_gradient_through_a_decay_that_underflows():
     assert all(y.isfinite().all() for y in run(case, x, "chunked").values())
 
 
+@pytest.mark.parametrize("feedback", ["beta_free", "beta_aware"])
+def test_a_chunk_is_an_affine_map_of_d(feedback):
+    """d -> P d + p with P = G I - eta A^T Z, from the triangular solve alone; two chunks compose."""
+    case = Case(T=40, B=1, H=1, K=6, feedback=feedback, forget=True, box=(-math.inf, math.inf))
+    x = case.tensors()
+    s, beta, forget = x["k"][0, :, 0].square(), x["beta"][0, :, 0], x["forget"][0, :, 0]
+    c1 = torch.ones_like(beta) if feedback == "beta_free" else beta
+    whole = torch.eye(7, dtype=torch.float64)
+    for part in (slice(0, 25), slice(25, 40)):
+        s_, c1_, f = s[part], c1[part], forget[part]
+        since = torch.stack([f[:t].sum() for t in range(len(f) + 1)]).exp()
+        R = torch.stack([torch.stack([f[j + 1 : t].sum().exp() for j in range(len(f))]) for t in range(len(f) + 1)])
+        L = (case.eta * c1_[:, None] ** 2 * R[:-1] * (s_ @ s_.T)).tril(-1)
+        I, A = torch.eye(len(f)).double(), R[-1][:, None] * s_
+        Z = torch.linalg.solve(I + L, (c1_**2 * since[:-1])[:, None] * s_)
+        chunk = torch.eye(7, dtype=torch.float64)
+        chunk[:6, :6] = since[-1] * torch.eye(6).double() - case.eta * A.T @ Z
+        chunk[:6, 6] = case.eta * A.T @ torch.linalg.solve(I + L, c1_)
+        whole = chunk @ whole
+    want = whole[:6, :6] @ x["d"][0, 0] + whole[:6, 6]
+    _, final = osdn.precondition(
+        x["k"], x["beta"], preconditioner=case.preconditioner, forget=x["forget"], initial_d=x["d"], backend="chunked"
+    )
+    torch.testing.assert_close(final[0, 0], want, rtol=1e-12, atol=1e-12)
+
+
 CASES = st.builds(
     Case,
     decay=st.sampled_from([None, "scalar", "channel"]),
