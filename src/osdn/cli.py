@@ -12,6 +12,8 @@ import tyro
 
 from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
+from osdn.convert import Convert
+from osdn.generate import Generate
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ class Compare:
         compare(experiment, out=self.out, workers=self.workers, checkpoint_every=self.checkpoint_every)
 
 
-SUBCOMMANDS: dict[str, Callable[..., Compare | Bench]] = {"compare": Compare, "bench": Bench}
+SUBCOMMANDS: dict[str, Callable[..., Compare | Bench | Convert | Generate]] = {
+    "compare": Compare,
+    "bench": Bench,
+    "convert": Convert,
+    "generate": Generate,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

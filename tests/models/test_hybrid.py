@@ -241,7 +241,7 @@ def test_refusals():
     names = set(model.state_dict())
     for arguments, message in [
         ((torch.nn.Linear(2, 2),), "model: got Linear, takes a transformers model"),
-        ((llama,), "model: got LlamaForCausalLM, takes a model with layers among Qwen3NextGatedDeltaNet, Qwen3_5Gated"),
+        ((llama,), "model: got LlamaForCausalLM, takes a model with layers among OnlineScaledDeltaNet, Qwen3N"),
         ((model, {"Eta": 1}), "preconditioner: got unknown Eta, takes eta"),
         ((model, "apf"), "preconditioner: got 'apf', takes None, osdn.nn.PreconditionerOptions or a dict"),
     ]:

@@ -15,7 +15,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from osdn.nn.layer import DeltaMixer, Projections
+from osdn.models.configuration import OSDNConfig
+from osdn.nn.layer import DeltaMixer, OnlineScaledDeltaNet, Projections, is_preconditioner_parameter
 from osdn.nn.options import PreconditionerOptions
 from osdn.ops.options import refuse, work_dtype
 
@@ -39,18 +40,11 @@ class PreconditionedHost(DeltaMixer):
         self.H, self.HV, self.K, self.V = _HOSTS[self.kind].shape(host)
         self.hidden_size, self.layer_idx = host.hidden_size, host.layer_idx
         self.allow_neg_eigval, self.backend = _allows_neg_eigval(host), "auto"
-        self.preconditioner = preconditioner
         for name, child in host.named_children():
             self.add_module(name, child)
         for name, parameter in host.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        like = host.conv1d.weight
-        with like.device:
-            self._add_preconditioner()
-        for name, parameter in self.named_parameters():
-            if _is_new(name):
-                parameter.data = parameter.data.to(like.dtype)
-        self.init_special_parameters()
+        self.precondition(preconditioner)
 
     def _project(self, x: Tensor) -> Projections:
         qkv, b, g, gate = _HOSTS[self.kind].project(self, x)
@@ -84,7 +78,7 @@ def precondition_model(
     *,
     train: Train = "all",
 ) -> Model:
-    """Put a preconditioner into every gated delta layer of a transformers model, in place.
+    """Put a preconditioner into every delta layer of a model, in place.
 
         S_t = Gamma_t S_{t-1} + beta_t k_t r_t^T    becomes    Gamma_t S_{t-1} + beta_t (d_t * k_t) r_t^T
 
@@ -95,13 +89,14 @@ def precondition_model(
     the cache holds d beside S.
 
     Args:
-        model: Qwen3-Next, Qwen3.5 (dense or MoE), OLMo-hybrid or Kimi-Linear, with any head or none.
+        model: transformers' Qwen3-Next, Qwen3.5 (dense or MoE), OLMo-hybrid or Kimi-Linear, with any head or none, or
+            an OSDN model whose preconditioner is None.
         preconditioner: `osdn.nn.PreconditionerOptions`, or a dict of its fields; those not named are what
             `upgrade_options` says: beta_free, eta 1, d0 learned from 1, no forgetting, box [0, 2 / beta_max].
         train: "all" leaves `requires_grad` as it is; "preconditioner" freezes everything but d0 and forget_proj.
 
     Returns:
-        model. `save_pretrained` saves it whole, and `osdn.load_preconditioned` brings it back.
+        model. `save_pretrained` saves it whole, and `osdn.load_preconditioned` brings a transformers model back.
 
     Raises:
         ValueError: naming the argument, what it got and what it takes; the model is then unchanged.
@@ -110,14 +105,14 @@ def precondition_model(
         refuse("model", type(model).__name__, "a transformers model")
     if train not in get_args(Train):
         refuse("train", repr(train), f"one of {get_args(Train)}")
-    hosts = _find_hosts(model)
+    hosts = find_hosts(model)
     options = upgrade_options(preconditioner, any(map(_allows_neg_eigval, hosts.values())))
     if train == "preconditioner" and not options.learn_d_init and options.forget == "none":
         refuse("train", repr(train), "'all' where neither d0 is learned nor there is a forget gate")
     _replace(model, hosts, options)
     if train == "preconditioner":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_is_new(name))
+            parameter.requires_grad_(is_preconditioner_parameter(name))
     return model
 
 
@@ -127,17 +122,15 @@ def upgrade_options(
     """What an upgraded checkpoint gets where nothing else is said: beta_free, eta 1, d0 learned from 1, no forgetting,
     the box [0, 2 / beta_max]. At first it computes what it did before.
     """
-    if isinstance(preconditioner, PreconditionerOptions):
-        return preconditioner
     named = {} if preconditioner is None else preconditioner
-    if not isinstance(named, Mapping):
-        return PreconditionerOptions.parse(named)  # refuses it
-    return PreconditionerOptions.parse({"forget": "none", "d_max": 1.0 if allow_neg_eigval else 2.0, **named})
+    if isinstance(named, Mapping):
+        named = {"forget": "none", "d_max": 1.0 if allow_neg_eigval else 2.0, **named}
+    return PreconditionerOptions.parse(named)
 
 
-def load_preconditioned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load_preconditioned(path: str | Path, **kwargs: Any) -> Any:
     """A model saved after `precondition_model`, as its class's `from_pretrained(path, **kwargs)` would load it: dtype,
-    devices and shards included. All parameters are trainable; freezing is not saved.
+    devices, shards and loading info included. All parameters are trainable; freezing is not saved.
 
     Raises ValueError where config.json names no preconditioner or a class that transformers does not have.
     """
@@ -152,42 +145,43 @@ def load_preconditioned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         host_class.__init__(self, config, *args, **kwargs)
-        _replace(self, _find_hosts(self), PreconditionerOptions.parse(options))
+        _replace(self, find_hosts(self), PreconditionerOptions.parse(options))
 
     # Only while loading is it a class of its own, under the same name, since transformers goes by names.
     loader: Any = type(name, (host_class,), {"__init__": init, "__module__": host_class.__module__})
-    model = loader.from_pretrained(path, config=config, **kwargs)
-    model.__class__ = host_class
-    return model
+    loaded = loader.from_pretrained(path, config=config, **kwargs)
+    (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = host_class
+    return loaded
 
 
-def _find_hosts(model: nn.Module) -> dict[str, Any]:
-    """The hosts in model by their names; refuses a model that has none, or one that cannot be replaced."""
-    if any(isinstance(module, PreconditionedHost) for module in model.modules()):
+def find_hosts(model: nn.Module) -> dict[str, Any]:
+    """The layers to precondition by their names; refuses a model that has none, or one that cannot be changed."""
+    if any(isinstance(module, DeltaMixer) and module.preconditioner is not None for module in model.modules()):
         refuse("model", f"a {type(model).__name__} that has its preconditioner already", "one without")
-    hosts = {name: m for name, m in model.named_modules() if type(m).__name__ in _HOSTS and hasattr(m, "layer_idx")}
+    kinds = (OnlineScaledDeltaNet.__name__, *_HOSTS)
+    hosts = {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
     if not hosts:
-        refuse("model", type(model).__name__, f"a model with layers among {', '.join(_HOSTS)}")
+        refuse("model", type(model).__name__, f"a model with layers among {', '.join(kinds)}")
     for name, host in hosts.items():
-        if host.activation != "silu":
+        if getattr(host, "activation", "silu") != "silu":
             refuse("model", f"{name} with hidden_act={host.activation!r}", "'silu'")
         if hasattr(host, "_hf_hook"):
-            refuse(
-                "model", f"{name} dispatched by accelerate", "a model that is preconditioned first: device_map later"
-            )
+            refuse("model", f"{name} dispatched by accelerate", "a model that is dispatched afterwards")
     return hosts
 
 
 def _replace(model: PreTrainedModel, hosts: dict[str, Any], options: PreconditionerOptions) -> None:
-    for name, host in hosts.items():
-        model.set_submodule(name, PreconditionedHost(host, options).train(host.training))
     config = model.config.get_text_config()
-    config.number_of_conv_states = 2  # transformers' caches read it: state 0 is (conv, S), state 1 is d
-    setattr(config, FIELD, options.to_dict())
-
-
-def _is_new(name: str) -> bool:
-    return name.rpartition(".")[2] == "d0" or "forget_proj." in name
+    for name, host in hosts.items():
+        if isinstance(host, OnlineScaledDeltaNet):
+            host.precondition(options)
+        else:
+            model.set_submodule(name, PreconditionedHost(host, options).train(host.training))
+    if isinstance(config, OSDNConfig):
+        config.preconditioner = options.to_dict()
+    else:
+        config.number_of_conv_states = 2  # transformers' caches read it: state 0 is (conv, S), state 1 is d
+        setattr(config, FIELD, options.to_dict())
 
 
 def _allows_neg_eigval(host: Any) -> bool:

@@ -42,8 +42,8 @@ class Projections(NamedTuple):
 class DeltaMixer(nn.Module):
     """What every layer around the operator shares: convolution, operator, cache, padding and packing.
 
-    A subclass sets the attributes below, calls `_add_preconditioner` and `init_special_parameters`, and has
-    `_project(x) -> Projections` and `_output(o [B, T, HV, V], gate) -> [B, T, D]`.
+    A subclass sets the attributes below, makes or takes over its parameters, those of the preconditioner by
+    `_add_preconditioner` or `precondition`, and has `_project` and `_output(o [B, T, HV, V], gate) -> y`.
     """
 
     hidden_size: int  # D
@@ -69,6 +69,17 @@ class DeltaMixer(nn.Module):
             self.d0 = nn.Parameter(torch.empty(self.HV, self.K))
         if p is not None and p.forget == "data_dependent":
             self.forget_proj = ForgetProjection(self.hidden_size, self.HV)
+
+    def precondition(self, preconditioner: PreconditionerOptions) -> None:
+        """Give a layer of d == 1 a preconditioner, on the device and in the dtype of the other weights."""
+        like = next(p for p in self.parameters() if p.ndim > 1)
+        self.preconditioner = preconditioner
+        with like.device:
+            self._add_preconditioner()
+        for name, parameter in self.named_parameters():
+            if is_preconditioner_parameter(name):
+                parameter.data = parameter.data.to(like.dtype)
+        DeltaMixer.init_special_parameters(self)
 
     @torch.no_grad()
     def init_special_parameters(self) -> None:
@@ -348,6 +359,11 @@ class ForgetProjection(nn.Linear):
         work = work_dtype(x)
         with no_autocast(x.device):
             return F.logsigmoid(F.linear(x.to(work), self.weight.to(work), self.bias.to(work)))
+
+
+def is_preconditioner_parameter(name: str) -> bool:
+    """Whether a parameter of this name, of a layer or a model, is d0 or belongs to forget_proj."""
+    return name.rpartition(".")[2] == "d0" or name.startswith("forget_proj.") or ".forget_proj." in name
 
 
 def head_shape(
