@@ -35,7 +35,8 @@ class Generate:
     seed: int = 0
     """Of what is drawn."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a field out of range; not on construction, or the command line would frame the line."""
         for name, least in (("max_new_tokens", 1), ("samples", 1), ("beams", 1), ("top_k", 0), ("temperature", 0)):
             if not (value := getattr(self, name)) >= least:
                 raise ValueError(f"{name}: got {value}, takes a number >= {least}")
@@ -47,6 +48,7 @@ class Generate:
             raise ValueError("prompt, file: got both, takes one of the two")
 
     def run(self) -> None:
+        self.check()
         import torch
 
         from osdn.generate.text import Codec, continue_texts, read_text

@@ -52,9 +52,7 @@ class Codec:
             except (OSError, ValueError, KeyError) as error:
                 raise ValueError(f"{path}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
         if vocab_size < 256:
-            raise ValueError(
-                f"{path}: has no tokenizer, and bytes need a vocabulary of 256; this model's is {vocab_size}"
-            )
+            raise ValueError(f"{path}: has no tokenizer, and bytes need a vocabulary of 256, not {vocab_size}")
         return cls(None, vocab_size)
 
     def encode(self, text: str) -> list[int]:

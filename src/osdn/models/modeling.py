@@ -55,8 +55,9 @@ class OSDNCache(DynamicCache):
         """
         state = {"seen_tokens": torch.tensor(self.seen_tokens)}
         for i, layer in enumerate(self.layers):
-            parts = {"conv": layer.conv_states[0], "S": layer.recurrent_states[0], "d": layer.recurrent_states[1]}
-            state |= {f"{i}.{name}": x.detach().clone() for name, x in parts.items() if x is not None}
+            if layer.has_previous_state[0]:
+                parts = {"conv": layer.conv_states[0], "S": layer.recurrent_states[0], "d": layer.recurrent_states[1]}
+                state |= {f"{i}.{name}": x.detach().clone() for name, x in parts.items() if x is not None}
         return state
 
     def restore(self, snapshot: Mapping[str, Tensor], copies: int = 1) -> None:
@@ -65,9 +66,11 @@ class OSDNCache(DynamicCache):
 
         Raises ValueError for a snapshot of another number of layers.
         """
-        names = {name for name in snapshot if name != "seen_tokens"}
-        if "seen_tokens" not in snapshot or {int(name.partition(".")[0]) for name in names} - set(range(len(self))):
-            refuse("snapshot", f"keys {', '.join(sorted(snapshot))}", f"a snapshot of at most {len(self)} layers")
+        names = set(snapshot) - {"seen_tokens"}
+        needed = {f"{i}.{part}" for i in range(len(self)) for part in ("conv", "S")}
+        rest = names - needed - {f"{i}.d" for i in range(len(self))}
+        if "seen_tokens" not in snapshot or rest or (names and not needed <= names):
+            refuse("snapshot", f"keys {', '.join(sorted(snapshot))}", f"a snapshot of {len(self)} layers")
         if copies < 1:
             refuse("copies", copies, "an int >= 1")
         self.seen_tokens = int(snapshot["seen_tokens"])
