@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import osdn
@@ -170,6 +171,41 @@ def test_round_trip(name, dtype, tmp_path):
     assert difference(logits(loaded, X).float(), logits(model, X).float()) < (1e-5 if dtype == torch.float32 else 0.02)
     loaded.save_pretrained(tmp_path / "again")
     assert set(osdn.load_preconditioned(tmp_path / "again").state_dict()) == set(state)
+
+
+def test_initial_values_are_not_overwritten(tmp_path):
+    """transformers initialises every linear layer that it does not know to be done: forget_proj would halve d."""
+    model = osdn.precondition_model(make_host("qwen3_5"), {"forget": "data_dependent", "d_init": 0.5})
+    model.init_weights()
+    for layer in layers(model):
+        assert (layer.d0 == 0.5).all()
+        assert (layer.forget_proj.weight == 0).all()
+        assert (layer.forget_proj.bias == 6.9).all()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.linear_attn.d0"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"path: got \S+ without model.layers.0.linear_attn.d0, takes all weights"):
+        osdn.load_preconditioned(tmp_path)
+
+
+def test_an_osdn_model_without_a_preconditioner(tmp_path):
+    torch.manual_seed(0)
+    plain = osdn.OSDNForCausalLM(osdn.OSDNConfig.preset("gdn-tiny", vocab_size=53)).eval()
+    expected, before = logits(plain, X), copy.deepcopy(plain.state_dict())
+    model = osdn.precondition_model(plain, {"eta": 0.0}, train="preconditioner")
+    assert model is plain
+    assert difference(logits(model, X), expected) < 2e-5  # float32
+    after = model.state_dict()
+    assert all(torch.equal(after[key], x) for key, x in before.items())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(after) - set(before)
+    assert model.config.preconditioner["eta"] == 0.0
+    with torch.no_grad():
+        model.model.layers[0].attn.d0.fill_(0.3)
+    model.save_pretrained(tmp_path)
+    assert difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path), X), logits(model, X)) < 1e-6
+    with pytest.raises(ValueError, match="model: got a OSDNForCausalLM that has its preconditioner already"):
+        osdn.precondition_model(model)
 
 
 def test_a_text_model_inside_another(tmp_path):

@@ -132,7 +132,8 @@ def load_preconditioned(path: str | Path, **kwargs: Any) -> Any:
     """A model saved after `precondition_model`, as its class's `from_pretrained(path, **kwargs)` would load it: dtype,
     devices, shards and loading info included. All parameters are trainable; freezing is not saved.
 
-    Raises ValueError where config.json names no preconditioner or a class that transformers does not have.
+    Raises ValueError where config.json names no preconditioner or a class that transformers does not have, and where
+    weights of the preconditioner are missing.
     """
     config = AutoConfig.from_pretrained(path)
     options = getattr(config.get_text_config(), FIELD, None)
@@ -149,9 +150,12 @@ def load_preconditioned(path: str | Path, **kwargs: Any) -> Any:
 
     # Only while loading is it a class of its own, under the same name, since transformers goes by names.
     loader: Any = type(name, (host_class,), {"__init__": init, "__module__": host_class.__module__})
-    loaded = loader.from_pretrained(path, config=config, **kwargs)
-    (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = host_class
-    return loaded
+    wanted = kwargs.pop("output_loading_info", False)
+    model, info = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    if lacks := sorted(filter(is_preconditioner_parameter, info["missing_keys"])):
+        refuse("path", f"{path} without {', '.join(lacks)}", "all weights of the preconditioner")
+    model.__class__ = host_class
+    return (model, info) if wanted else model
 
 
 def find_hosts(model: nn.Module) -> dict[str, Any]:

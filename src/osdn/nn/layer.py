@@ -76,10 +76,12 @@ class DeltaMixer(nn.Module):
         self.preconditioner = preconditioner
         with like.device:
             self._add_preconditioner()
-        for name, parameter in self.named_parameters():
-            if is_preconditioner_parameter(name):
-                parameter.data = parameter.data.to(like.dtype)
+        new = [p for name, p in self.named_parameters() if is_preconditioner_parameter(name)]
+        for parameter in new:
+            parameter.data = parameter.data.to(like.dtype)
         DeltaMixer.init_special_parameters(self)
+        for parameter in new:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it alone from now on
 
     @torch.no_grad()
     def init_special_parameters(self) -> None:
