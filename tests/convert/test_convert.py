@@ -97,6 +97,12 @@ def test_weights_are_kept_to_the_bit(kind, make_fla, tmp_path):
         ),
         ("gated_deltanet", {}, {"num_v_heads": 4, "expand_v": 1.5, "output_gate": "silu", "state_decay": "scalar"}),
         ("gated_deltanet", {"use_gate": False}, {"output_gate": "none"}),
+        # 55 * 7 * 2 / 3 = 256.67 is cut to an integer first
+        (
+            "gated_deltanet",
+            {"hidden_size": 55, "hidden_ratio": 7, "intermediate_size": None},
+            {"intermediate_size": 256, "hidden_size": 55},
+        ),
         ("kda", {"expand_v": 2}, {"expand_v": 2, "output_gate": "sigmoid_lowrank", "state_decay": "channel"}),
         ("kda", {"norm_eps": 1e-5, "conv_size": 3, "attn": []}, {"norm_eps": 1e-5, "conv_size": 3}),
     ],

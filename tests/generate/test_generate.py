@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import osdn
 from osdn.cli import main
 from osdn.generate import Generate
-from osdn.generate.text import Codec, TextStream, continue_texts, read_text
+from osdn.generate.text import Codec, TextStream, continue_texts, prefill, read_text
 from osdn.models.checkpoint import load_model
 
 BYTES = Codec(None, 256)
@@ -271,6 +271,7 @@ def test_a_hybrid_generates_too(tmp_path):
         linear_value_head_dim=8,
         mlp_only_layers=[0, 1],
         layer_types=["linear_attention", "full_attention"],
+        partial_rotary_factor=1.0,  # so that a wrong position shows
     )
     torch.manual_seed(0)
     model = Qwen3NextForCausalLM(config).eval()
@@ -282,3 +283,13 @@ def test_a_hybrid_generates_too(tmp_path):
     loaded, prompts = load_model(tmp_path), ["ab", "a longer prompt"]
     texts = continue_texts(loaded, BYTES, prompts, Generate(model=None, max_new_tokens=8))
     assert texts == [greedy(model, prompt, 8) for prompt in prompts]
+    # A padded prefill, by what it leaves: the short row sees its own positions.
+    rows = [BYTES.encode(prompt) for prompt in prompts]
+    x = torch.tensor([[0] * 13 + rows[0], rows[1]])
+    mask = torch.tensor([[0] * 13 + [1] * 2, [1] * 15])
+    with torch.no_grad():
+        cache = prefill(loaded, x[:, :-1], mask[:, :-1])
+        last = {"attention_mask": mask, "position_ids": torch.tensor([[1], [14]]), "past_key_values": cache}
+        batch = loaded(x[:, -1:], **last).logits[:, 0]
+        alone = torch.stack([model(torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
+    assert (batch - alone).abs().max() < 1e-4 * alone.abs().max()  # float32
