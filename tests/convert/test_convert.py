@@ -219,6 +219,11 @@ def test_one_line_for_what_cannot_be_read(make_fla, tmp_path, capsys, monkeypatc
     fails(source, r"out: got \S+kept, which is a file, takes a new directory", full / "kept")
     fails(source, r"\S+kept/x: cannot be written \(.+\)", full / "kept" / "x")
     assert [path.read_text() for path in full.iterdir()] == ["kept"]
+    assert main(["convert", str(source), str(tmp_path / "out"), "--eta", "-1"]) == 2
+    assert capsys.readouterr().err == "osdn: preconditioner.eta: got -1.0, takes a finite float >= 0\n"
+    assert main(["convert", str(source), str(tmp_path / "empty")]) == 0  # an empty directory will do
+    assert (tmp_path / "empty" / "config.json").is_file()
+    capsys.readouterr()
 
     def no_space(_, path, **__):
         (path / "half").write_text("half")

@@ -18,10 +18,14 @@ from osdn.models.checkpoint import is_preconditioned, load_whole, quiet, read_co
 from osdn.models.hybrid import find_hosts, precondition_model
 from osdn.models.modeling import OSDNForCausalLM
 from osdn.nn.layer import is_preconditioner_parameter
+from osdn.nn.options import PreconditionerOptions
 
 _PROBE = 1024  # tokens
 # What may stand beside config and weights and goes along.
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+    *("chat_template*", "*processor_config.json"),
+)
 
 
 def convert(source: Path, out: Path, options: dict[str, Any], *, probe: Path | None = None) -> str:
@@ -36,11 +40,12 @@ def convert(source: Path, out: Path, options: dict[str, Any], *, probe: Path | N
     config = read_config(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: got {out}, which is {'not empty' if out.is_dir() else 'a file'}, takes a new directory")
+    PreconditionerOptions.parse(options)  # refuses what is wrong before any weight is read
     model = _load(source, config)
     tokens = _probe_tokens(source, model, probe)
-    before = _log_probabilities(model, tokens)
+    before = _logits(model, tokens)
     precondition_model(model, options)
-    change = _change(before, _log_probabilities(model, tokens))
+    change = _change(before, _logits(model, tokens))
     _write(model, source, out)
     new = sum(p.numel() for name, p in model.named_parameters() if is_preconditioner_parameter(name))
     where = "random tokens" if probe is None else f"tokens of {probe}"
@@ -77,17 +82,20 @@ def _probe_tokens(source: Path, model: PreTrainedModel, probe: Path | None) -> T
 
 
 @torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return model(tokens, use_cache=False).logits.float()
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    return model(tokens, use_cache=False).logits[0].float()
 
 
 def _change(before: Tensor, after: Tensor) -> str:
-    p, q = before.log_softmax(-1), after.log_softmax(-1)
-    relative = (after - before).norm() / before.norm()
-    kl = (p.exp() * (p - q)).sum(-1).mean()
+    """[T, vocabulary] both; the divergence of float32 logits this close has to be summed in float64."""
+    relative, most = (after - before).norm() / before.norm(), (after - before).abs().max()
+    divergence = 0.0
+    for a, b in zip(before.split(64), after.split(64)):
+        p, q = (y.double().log_softmax(-1) for y in (a, b))
+        divergence += float((p.exp() * (p - q)).sum()) / len(before)
     return (
-        f"they differ by {relative:.1e} of their norm, at most {(after - before).abs().max():.1e}; "
-        f"divergence from the source {max(float(kl), 0.0):.1e} nats a token"
+        f"they differ by {relative:.1e} of their norm, at most {most:.1e}; "
+        f"divergence from the source {divergence:.1e} nats a token"
     )
 
 
