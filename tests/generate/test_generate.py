@@ -2,8 +2,8 @@
 
 import gc
 import io
-import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -202,9 +202,11 @@ def test_text_comes_out_while_it_is_made(checkpoint):
     """A pipe gets the first characters before the last token exists; Ctrl-C ends it with status 130, no traceback."""
     _, path = checkpoint
     command = [sys.executable, "-m", "osdn.cli", "generate", str(path), "--prompt", "a", "--max-new-tokens", "1000000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}) as process:
+    # SIGINT is ignored in a shell's background, and children inherit that.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         assert process.stdout.read(1)
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in err

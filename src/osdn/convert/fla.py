@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from osdn.models.configuration import _TRANSFORMERS_KEYS, OSDNConfig
+from osdn.models.configuration import TRANSFORMERS_KEYS, OSDNConfig
 
 # By model_type: the fields that decide shapes and gates, with the values they have where config.json leaves them out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ def translate(config: dict[str, Any]) -> OSDNConfig:
     """
     kind = config["model_type"]
     read = _DEFAULTS[kind] | _COMMON | _MLP | ({} if kind == "delta_net" else {"num_v_heads": None})
-    known = {*read, *_TAKES, *_IDLE, *_TRANSFORMERS_KEYS}
+    known = {*read, *_TAKES, *_IDLE, *TRANSFORMERS_KEYS}
     wrong = [
         f"{name}: got {config[name]!r}, takes {' or '.join(map(repr, takes))}"
         for name, takes in _TAKES.items()
