@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import WordPiece as Spaces
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import osdn
 from osdn.cli import main
@@ -148,6 +148,19 @@ def test_the_stream_is_the_text(content):
         assert len(stream.tokens) <= 16
     stream.end()
     assert "".join(shown) == content.decode(errors="replace")
+
+
+def test_a_tokenizer_of_bytes(tmp_path):
+    """ByT5's ids are bytes plus 3; it closes every text, and leaves out what is no character."""
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    codec, text, shown = Codec.load(tmp_path, 384), "naïve €5, 終わり 🙂" * 3, []
+    tokens = codec.encode(text)
+    assert tokens == [byte + 3 for byte in text.encode()]
+    stream = TextStream(codec, shown.append)
+    for token in [0, *tokens]:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(shown) == text
 
 
 def test_the_stream_shows_what_is_whole_at_once():
