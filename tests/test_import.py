@@ -20,8 +20,10 @@ PUBLIC = {
     "OnlineScaledDeltaNet",
     "Preconditioner",
     "explain",
+    "load_preconditioned",
     "online_scaled_delta_rule",
     "precondition",
+    "precondition_model",
 }
 
 IMPORT = """

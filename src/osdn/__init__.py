@@ -10,7 +10,7 @@ from osdn.ops.state import DeltaState
 from osdn.ops.step import online_scaled_delta_step
 
 if TYPE_CHECKING:
-    from osdn.models import OSDNForCausalLM, OSDNModel
+    from osdn.models import OSDNForCausalLM, OSDNModel, load_preconditioned, precondition_model
 
 __all__ = [
     "DeltaState",
@@ -20,14 +20,16 @@ __all__ = [
     "OnlineScaledDeltaNet",
     "Preconditioner",
     "explain",
+    "load_preconditioned",
     "online_scaled_delta_rule",
     "online_scaled_delta_step",
     "precondition",
+    "precondition_model",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("OSDNForCausalLM", "OSDNModel"):
+    if name in ("OSDNForCausalLM", "OSDNModel", "load_preconditioned", "precondition_model"):
         from osdn import models
 
         return getattr(models, name)

@@ -13,7 +13,9 @@ import tyro
 
 from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
+from osdn.convert import Convert
 from osdn.diagnostics.config import Diagnose
+from osdn.generate import Generate
 from osdn.theory.config import Theory
 
 
@@ -62,6 +64,8 @@ SUBCOMMANDS: dict[str, Callable[..., Command]] = {
     "compare": Compare,
     "diagnose": Diagnose,
     "theory": Theory,
+    "convert": Convert,
+    "generate": Generate,
     "bench": Bench,
 }
 

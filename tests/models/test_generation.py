@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from osdn.models import OSDNCache
@@ -113,6 +114,75 @@ def test_a_copied_cache_is_a_snapshot(make_model, tokens):
         first = model(tokens[:, 6:], past_key_values=cache).logits
         assert torch.equal(model(tokens[:, 6:], past_key_values=snapshot).logits, first)
     assert snapshot.get_seq_length() == 13
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_continuations_share_one_prefix(name, make_model, tokens, tmp_path, assert_d_moved):
+    model, ends = make_model(name), torch.randint(0, 53, (6, 5), generator=torch.Generator().manual_seed(2))
+    cache = OSDNCache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :6], past_key_values=cache)
+        assert_d_moved(model, cache)
+        snapshot = cache.snapshot()
+        save_file(snapshot, tmp_path / "prefix.safetensors")
+        model(tokens[:, 6:], past_key_values=cache)  # leaves the snapshot as it is
+        whole = model(torch.cat([tokens[:, :6].repeat_interleave(2, 0), ends], 1), use_cache=False).logits[:, 6:]
+        for used in (cache, OSDNCache(model.config), cache):
+            for source in (snapshot, load_file(tmp_path / "prefix.safetensors")):
+                used.restore(source, copies=2)
+                assert used.get_seq_length() == 6
+                torch.testing.assert_close(model(ends, past_key_values=used).logits, whole, **EXACT)
+    layers = range(model.config.num_hidden_layers)
+    parts = ("conv", "S") if name == "deltanet" else ("conv", "S", "d")
+    assert set(snapshot) == {"seen_tokens"} | {f"{i}.{part}" for i in layers for part in parts}
+    K = model.config.head_dim
+    assert snapshot["0.S"].shape[:3] == (3, model.config.num_v_heads or 2, K)
+
+
+def test_a_snapshot_before_any_token(make_model, tokens):
+    model, cache = make_model(), OSDNCache(make_model().config)
+    empty = cache.snapshot()
+    assert set(empty) == {"seen_tokens"}
+    with torch.no_grad():
+        first = model(tokens, past_key_values=cache).logits
+        cache.restore(empty)
+        assert torch.equal(model(tokens, past_key_values=cache).logits, first)
+    cache.reset()  # leaves zeros where the states were
+    assert set(cache.snapshot()) == {"seen_tokens"}
+
+
+def test_a_snapshot_under_gradients_is_cut_from_the_graph(make_model, tokens):
+    cache = make_model("os-gdn")(tokens, use_cache=True).past_key_values
+    assert not any(x.requires_grad for x in cache.snapshot().values())
+
+
+@pytest.mark.parametrize("name", ["deltanet", "apf", "os-gdn"])
+def test_beams_from_a_restored_prefix(name, make_model, tokens):
+    """Beams reorder S, d and conv alike."""
+    model, cache = make_model(name), OSDNCache(make_model(name).config)
+    with torch.no_grad():
+        model(tokens[:, :12], past_key_values=cache)
+    snapshot = cache.snapshot()
+    kwargs = {"num_beams": 4, "max_new_tokens": 6, "do_sample": False}
+    for _ in range(2):
+        cache.restore(snapshot, copies=4)
+        out = model.generate(tokens, past_key_values=cache, **kwargs)
+        assert torch.equal(out, model.generate(tokens, use_cache=False, **kwargs))
+
+
+@pytest.mark.parametrize("change", ["layers", "count", "part", "name"])
+def test_snapshots_that_do_not_fit(change, make_model, tokens):
+    model = make_model(num_hidden_layers=3 if change == "layers" else 2)
+    cache = OSDNCache(make_model().config)
+    snapshot = model(tokens, use_cache=True).past_key_values.snapshot()
+    if change in ("count", "part"):
+        del snapshot["seen_tokens" if change == "count" else "1.S"]
+    if change == "name":
+        snapshot["x"] = tokens
+    with pytest.raises(ValueError, match=r"snapshot: got keys 0.S, .*, takes a snapshot of 2 layers"):
+        cache.restore(snapshot)
+    with pytest.raises(ValueError, match="copies: got 0, takes an int >= 1"):
+        cache.restore(cache.snapshot(), copies=0)
 
 
 def greedy_without_cache(model, x, steps, mask=None):

@@ -44,7 +44,7 @@ _SIZES: dict[str, dict[str, int]] = {
 # Fields of flash-linear-attention's configs that change the mathematics, and the one value that is this model.
 _FLA_NEUTRAL = {"lower_bound": None, "use_beta": True, "qk_norm": "l2", "attn": None}
 # What transformers itself may put into a config beside the dataclass fields.
-_TRANSFORMERS_KEYS = {
+TRANSFORMERS_KEYS = {
     *("model_type", "name_or_path", "torch_dtype", "num_labels", "attn_implementation", "experts_implementation"),
     *("output_attentions", "quantization_config", "auto_map", "tie_last_hidden_states", "per_layer_config"),
     *GenerationConfig._get_default_generation_params(),
@@ -114,7 +114,7 @@ class OSDNConfig(PreTrainedConfig):
         for name, neutral in _FLA_NEUTRAL.items():
             if (value := kwargs.pop(name, neutral)) != neutral:
                 refuse(name, value, f"{neutral!r}; nothing else of flash-linear-attention's `{name}` is supported")
-        unknown = [k for k in kwargs if k not in _TRANSFORMERS_KEYS and not k.startswith("_")]
+        unknown = [k for k in kwargs if k not in TRANSFORMERS_KEYS and not k.startswith("_")]
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: OSDNConfig has no such field, takes {', '.join(_FIELDS)}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "conv_size"):

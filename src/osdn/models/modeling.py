@@ -6,6 +6,7 @@ Source: arXiv 2605.13473.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from osdn.models.configuration import OSDNConfig
 from osdn.nn.layer import OnlineScaledDeltaNet, OutputGate, StateDecay
 from osdn.nn.norm import RMSNorm
 from osdn.nn.packing import Packing, find_packing
+from osdn.ops.options import refuse
 
 
 class OSDNCache(DynamicCache):
@@ -46,6 +48,39 @@ class OSDNCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.seen_tokens = 0
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that the tokens seen have left, as copies: `{"seen_tokens", "<layer>.conv", "<layer>.S", "<layer>.d"}`,
+        shaped as above, without `d` where there is no preconditioner. Ready for `safetensors.torch.save_file`.
+        """
+        state = {"seen_tokens": torch.tensor(self.seen_tokens)}
+        for i, layer in enumerate(self.layers):
+            if layer.has_previous_state[0]:
+                parts = {"conv": layer.conv_states[0], "S": layer.recurrent_states[0], "d": layer.recurrent_states[1]}
+                state |= {f"{i}.{name}": x.detach().clone() for name, x in parts.items() if x is not None}
+        return state
+
+    def restore(self, snapshot: Mapping[str, Tensor], copies: int = 1) -> None:
+        """Be what was snapshot, whatever was here before; sequence b in the places b * copies, b * copies + 1, ...,
+        so that many continuations share one prefill. The snapshot is not written to.
+
+        Raises ValueError for a snapshot of another number of layers.
+        """
+        names = set(snapshot) - {"seen_tokens"}
+        needed = {f"{i}.{part}" for i in range(len(self)) for part in ("conv", "S")}
+        rest = names - needed - {f"{i}.d" for i in range(len(self))}
+        if "seen_tokens" not in snapshot or rest or (names and not needed <= names):
+            refuse("snapshot", f"keys {', '.join(sorted(snapshot))}", f"a snapshot of {len(self)} layers")
+        if copies < 1:
+            refuse("copies", copies, "an int >= 1")
+        self.seen_tokens = int(snapshot["seen_tokens"])
+        for i, layer in enumerate(self.layers):
+            fresh = self.layers[i] = type(layer)(number_of_states=layer.number_of_states)
+            conv, recurrent = fresh.update_conv_state, fresh.update_recurrent_state
+            for name, write, state_idx in (("conv", conv, 0), ("S", recurrent, 0), ("d", recurrent, 1)):
+                if f"{i}.{name}" in names:
+                    write(snapshot[f"{i}.{name}"].repeat_interleave(copies, 0), state_idx=state_idx)
+                    fresh.has_previous_state[state_idx] = True
 
 
 class OSDNMLP(nn.Module):

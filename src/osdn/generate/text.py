@@ -1,0 +1,163 @@
+"""Text to tokens and back, and the loop around `generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
+
+from osdn.generate import Generate
+from osdn.models.configuration import OSDNConfig
+from osdn.models.modeling import OSDNCache
+
+_PREFILL = 1024  # tokens at a time, so that memory does not grow with the prompt
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def read_text(path: Path | None) -> str:
+    """The text in `path`, or in standard input; ValueError where there is none, or it is not UTF-8."""
+    try:
+        content = sys.stdin.buffer.read() if path is None else path.read_bytes()
+        return content.decode()
+    except OSError as error:
+        raise ValueError(f"file: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{'standard input' if path is None else path}: not UTF-8 text ({error})") from None
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Text to tokens and back: a checkpoint's own tokenizer, or UTF-8 bytes where it has none.
+
+    tokenizer: transformers', or None for bytes. vocab_size: of the model; tokens beyond it are refused.
+    """
+
+    tokenizer: Any | None
+    vocab_size: int
+
+    @classmethod
+    def load(cls, path: Path, vocab_size: int) -> Codec:
+        """The tokenizer whose files stand in the checkpoint's directory; else bytes, which need 256 tokens."""
+        if any((path / name).exists() for name in _TOKENIZER_FILES):
+            try:
+                return cls(AutoTokenizer.from_pretrained(path, local_files_only=True), vocab_size)
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(f"{path}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+        if vocab_size < 256:
+            raise ValueError(f"{path}: has no tokenizer, and bytes need a vocabulary of 256, not {vocab_size}")
+        return cls(None, vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text that is to go on. ValueError where there are none or the model does not know them."""
+        if self.tokenizer is None:
+            tokens = list(text.encode())
+        else:
+            tokens = self.tokenizer(text)["input_ids"]
+            if tokens and tokens[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
+                tokens = tokens[:-1]
+        if not tokens:
+            raise ValueError("prompt: got an empty text, takes at least one token")
+        if max(tokens) >= self.vocab_size:
+            raise ValueError(
+                f"prompt: got token {max(tokens)}, takes tokens below {self.vocab_size}, the model's vocabulary; "
+                "is the tokenizer the model's own?"
+            )
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text; U+FFFD for what is no UTF-8, and nothing for special tokens."""
+        if self.tokenizer is None:
+            return bytes(t for t in tokens if t < 256).decode(errors="replace")
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class TextStream(BaseStreamer):
+    """Hands on text as its characters become whole; remembers a few tokens, however long the text.
+
+    `put` gets the prompt first, as transformers has it, and then one token at a time.
+    """
+
+    def __init__(self, codec: Codec, write: Callable[[str], None]) -> None:
+        self.codec, self.write = codec, write
+        self.tokens: list[int] | None = None
+        self.shown = 0
+
+    def put(self, value: Tensor) -> None:
+        if self.tokens is None:
+            self.tokens = []
+            return
+        self.tokens += value.flatten().tolist()
+        text = self.codec.decode(self.tokens)
+        held = int(text.endswith("\N{REPLACEMENT CHARACTER}"))  # perhaps the first bytes of a character
+        self.write(text[self.shown : len(text) - held])
+        self.shown = len(text) - held
+        if len(self.tokens) > 16:
+            self.tokens = self.tokens[-8:]
+            self.shown = len(self.codec.decode(self.tokens)) - held
+
+    def end(self) -> None:
+        self.write(self.codec.decode(self.tokens or [])[self.shown :])
+
+
+@torch.no_grad()
+def continue_texts(
+    model: PreTrainedModel,
+    codec: Codec,
+    prompts: Sequence[str],
+    options: Generate,
+    write: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The continuations, `options.samples` of each prompt in a row. write: gets the text of a single one piecemeal.
+
+    Prompts of any lengths are one batch, padded at the left. Raises ValueError as `Codec.encode`, before any work.
+    """
+    rows = [codec.encode(prompt) for prompt in prompts]
+    T = max(map(len, rows))
+    tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    torch.manual_seed(options.seed)
+    cache = prefill(model, tokens[:, :-1], mask[:, :-1])
+    copies = max(options.samples, options.beams)
+    if copies > 1:
+        cache.reorder_cache(torch.arange(len(rows)).repeat_interleave(copies))
+    drawn = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    end = model.generation_config.eos_token_id
+    sequences = model.generate(
+        tokens,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=options.max_new_tokens,
+        num_return_sequences=options.samples,
+        num_beams=options.beams,
+        do_sample=options.temperature > 0,
+        pad_token_id=end[0] if isinstance(end, list) else end or 0,
+        streamer=None if write is None else TextStream(codec, write),
+        **drawn if options.temperature > 0 else {},
+    )
+    return [codec.decode(row) for row in sequences[:, T:].tolist()]
+
+
+def prefill(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Cache:
+    """A cache that has seen tokens `[B, T]`, T >= 0, except where mask `[B, T]` is 0; 1,024 at a time."""
+    config = model.config.get_text_config()
+    cache = OSDNCache(config) if isinstance(config, OSDNConfig) else DynamicCache(config=config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for start in range(0, tokens.shape[1], _PREFILL):
+        part = slice(start, start + _PREFILL)
+        model(
+            tokens[:, part],
+            attention_mask=mask[:, : part.stop],
+            position_ids=positions[:, part],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return cache

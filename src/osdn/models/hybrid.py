@@ -1,0 +1,245 @@
+"""transformers' own hybrids with a preconditioner: their gated delta layers keep all they have and gain d.
+
+Letters as in `osdn.nn.layer`. A host is a layer of transformers that mixes tokens by a gated delta rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from osdn.models.configuration import OSDNConfig
+from osdn.nn.layer import DeltaMixer, OnlineScaledDeltaNet, Projections, is_preconditioner_parameter
+from osdn.nn.options import PreconditionerOptions
+from osdn.ops.options import refuse, work_dtype
+
+Train = Literal["all", "preconditioner"]
+Model = TypeVar("Model", bound=PreTrainedModel)
+FIELD = "osdn_preconditioner"  # of the host's config: the options, by which `load_preconditioned` knows the checkpoint
+
+
+class PreconditionedHost(DeltaMixer):
+    """A host's parameters, under the host's names, around the preconditioned operator.
+
+        q, k, v, b, g, gate                              as the host makes them
+        o = online_scaled_delta_rule(q, k, v, sigmoid(b) [* 2], g, forget) from d = d0
+
+    host: the layer whose submodules and parameters are taken over. preconditioner: see `osdn.nn.PreconditionerOptions`.
+    """
+
+    def __init__(self, host: Any, preconditioner: PreconditionerOptions) -> None:
+        super().__init__()
+        self.kind = type(host).__name__
+        self.H, self.HV, self.K, self.V = _HOSTS[self.kind].shape(host)
+        self.hidden_size, self.layer_idx = host.hidden_size, host.layer_idx
+        self.allow_neg_eigval, self.backend = _allows_neg_eigval(host), "auto"
+        for name, child in host.named_children():
+            self.add_module(name, child)
+        for name, parameter in host.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.precondition(preconditioner)
+
+    def _project(self, x: Tensor) -> Projections:
+        qkv, b, g, gate = _HOSTS[self.kind].project(self, x)
+        return Projections(qkv, self.get_parameter("conv1d.weight"), b, g, gate)
+
+    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        names = _HOSTS[self.kind]
+        normed = self.get_submodule(names.norm)(o, gate.view_as(o))
+        return self.get_submodule(names.out)(normed.flatten(2))
+
+    def forward(  # type: ignore[override]  # the host's signature
+        self,
+        hidden_states: Tensor,
+        cache_params: Any | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As `osdn.OnlineScaledDeltaNet.forward`, called as the host was; of kwargs, `cu_seq_lens_q` counts."""
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is None and kwargs.get("seq_idx") is not None:
+            refuse("seq_idx", "a tensor", "None, or cu_seq_lens_q beside it")
+        if cu_seqlens is not None and cache_params is not None:
+            refuse("past_key_values", "a cache", "None with packed sequences: pass use_cache=False")
+        return super().forward(hidden_states, attention_mask, cache_params, cu_seqlens)
+
+
+def precondition_model(
+    model: Model,
+    preconditioner: PreconditionerOptions | Mapping[str, Any] | None = None,
+    *,
+    train: Train = "all",
+) -> Model:
+    """Put a preconditioner into every delta layer of a model, in place.
+
+        S_t = Gamma_t S_{t-1} + beta_t k_t r_t^T    becomes    Gamma_t S_{t-1} + beta_t (d_t * k_t) r_t^T
+
+    The layers keep their projections, convolution, gates and norm, under their names; they gain `d0` `[HV, K]` and,
+    with `forget`, `forget_proj`. At d_init 1 and without forgetting, outputs are what they were until training moves
+    d0: up to rounding with eta 0, up to the eps of the keys' norm with beta_free feedback. beta_aware feedback and
+    forgetting change them at once. Padding, packing by `cu_seq_lens_q`, caches, `generate` and beams work as before:
+    the cache holds d beside S.
+
+    Args:
+        model: transformers' Qwen3-Next, Qwen3.5 (dense or MoE), OLMo-hybrid or Kimi-Linear, with any head or none, or
+            an OSDN model whose preconditioner is None.
+        preconditioner: `osdn.nn.PreconditionerOptions`, or a dict of its fields; those not named are what
+            `upgrade_options` says: beta_free, eta 1, d0 learned from 1, no forgetting, box [0, 2 / beta_max].
+        train: "all" leaves `requires_grad` as it is; "preconditioner" freezes everything but d0 and forget_proj.
+
+    Returns:
+        model. `save_pretrained` saves it whole, and `osdn.load_preconditioned` brings a transformers model back.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it takes; the model is then unchanged.
+    """
+    if not isinstance(model, PreTrainedModel):
+        refuse("model", type(model).__name__, "a transformers model")
+    if train not in get_args(Train):
+        refuse("train", repr(train), f"one of {get_args(Train)}")
+    hosts = find_hosts(model)
+    options = upgrade_options(preconditioner, any(map(_allows_neg_eigval, hosts.values())))
+    if train == "preconditioner" and not options.learn_d_init and options.forget == "none":
+        refuse("train", repr(train), "'all' where neither d0 is learned nor there is a forget gate")
+    _replace(model, hosts, options)
+    if train == "preconditioner":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_preconditioner_parameter(name))
+    return model
+
+
+def upgrade_options(
+    preconditioner: PreconditionerOptions | Mapping[str, Any] | None, allow_neg_eigval: bool
+) -> PreconditionerOptions:
+    """What an upgraded checkpoint gets where nothing else is said: beta_free, eta 1, d0 learned from 1, no forgetting,
+    the box [0, 2 / beta_max]. At first it computes what it did before.
+    """
+    named = {} if preconditioner is None else preconditioner
+    if isinstance(named, Mapping):
+        named = {"forget": "none", "d_max": 1.0 if allow_neg_eigval else 2.0, **named}
+    return PreconditionerOptions.parse(named)
+
+
+def load_preconditioned(path: str | Path, **kwargs: Any) -> Any:
+    """A model saved after `precondition_model`, as its class's `from_pretrained(path, **kwargs)` would load it: dtype,
+    devices, shards and loading info included. All parameters are trainable; freezing is not saved.
+
+    Raises ValueError where config.json names no preconditioner or a class that transformers does not have, and where
+    weights of the preconditioner are missing.
+    """
+    config = AutoConfig.from_pretrained(path)
+    options = getattr(config.get_text_config(), FIELD, None)
+    if options is None:
+        refuse("path", path, f"a model saved after osdn.precondition_model, whose config has {FIELD}")
+    name = (config.architectures or ["none"])[0]
+    host_class = getattr(transformers, name, None)
+    if host_class is None:
+        refuse("path", f"{path}, a model of class {name}", "a class of transformers")
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        host_class.__init__(self, config, *args, **kwargs)
+        _replace(self, find_hosts(self), PreconditionerOptions.parse(options))
+
+    # Only while loading is it a class of its own, under the same name, since transformers goes by names.
+    loader: Any = type(name, (host_class,), {"__init__": init, "__module__": host_class.__module__})
+    wanted = kwargs.pop("output_loading_info", False)
+    model, info = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    if lacks := sorted(filter(is_preconditioner_parameter, info["missing_keys"])):
+        refuse("path", f"{path} without {', '.join(lacks)}", "all weights of the preconditioner")
+    model.__class__ = host_class
+    return (model, info) if wanted else model
+
+
+def find_hosts(model: nn.Module) -> dict[str, Any]:
+    """The layers to precondition by their names; refuses a model that has none, or one that cannot be changed."""
+    if any(isinstance(module, DeltaMixer) and module.preconditioner is not None for module in model.modules()):
+        refuse("model", f"a {type(model).__name__} that has its preconditioner already", "one without")
+    kinds = (OnlineScaledDeltaNet.__name__, *_HOSTS)
+    hosts = {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
+    if not hosts:
+        refuse("model", type(model).__name__, f"a model with layers among {', '.join(kinds)}")
+    for name, host in hosts.items():
+        if getattr(host, "activation", "silu") != "silu":
+            refuse("model", f"{name} with hidden_act={host.activation!r}", "'silu'")
+        if hasattr(host, "_hf_hook"):
+            refuse("model", f"{name} dispatched by accelerate", "a model that is dispatched afterwards")
+    return hosts
+
+
+def _replace(model: PreTrainedModel, hosts: dict[str, Any], options: PreconditionerOptions) -> None:
+    config = model.config.get_text_config()
+    for name, host in hosts.items():
+        if isinstance(host, OnlineScaledDeltaNet):
+            host.precondition(options)
+        else:
+            model.set_submodule(name, PreconditionedHost(host, options).train(host.training))
+    if isinstance(config, OSDNConfig):
+        config.preconditioner = options.to_dict()
+    else:
+        config.number_of_conv_states = 2  # transformers' caches read it: state 0 is (conv, S), state 1 is d
+        setattr(config, FIELD, options.to_dict())
+
+
+def _allows_neg_eigval(host: Any) -> bool:
+    return getattr(host, "allow_neg_eigval", False)
+
+
+# What each host is called by, and how it makes (qkv, b, g, gate), see `Projections`.
+
+
+class _Host(NamedTuple):
+    shape: Callable[[Any], tuple[int, int, int, int]]  # H, HV, K, V
+    project: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+    norm: str
+    out: str
+
+
+def _grouped_shape(host: Any) -> tuple[int, int, int, int]:
+    return host.num_k_heads, host.num_v_heads, host.head_k_dim, host.head_v_dim
+
+
+def _scalar_decay(host: Any, a: Tensor) -> Tensor:
+    work = work_dtype(a)
+    return -host.A_log.to(work).exp() * F.softplus(a.to(work) + host.dt_bias.to(work))
+
+
+def _qwen3_next(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One product makes q, k, v, gate of each key head in turn, another b, a."""
+    per_key_head, G = (host.H, -1), host.HV // host.H
+    sizes = [host.K, host.K, G * host.V, G * host.V]
+    parts = [y.flatten(2) for y in host.in_proj_qkvz(x).unflatten(-1, per_key_head).split(sizes, -1)]
+    b, a = (y.flatten(2) for y in host.in_proj_ba(x).unflatten(-1, per_key_head).split(G, -1))
+    return torch.cat(parts[:3], -1), b, _scalar_decay(host, a), parts[3]
+
+
+def _qwen3_5(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return host.in_proj_qkv(x), host.in_proj_b(x), _scalar_decay(host, host.in_proj_a(x)), host.in_proj_z(x)
+
+
+def _olmo_hybrid(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qkv = torch.cat([host.q_proj(x), host.k_proj(x), host.v_proj(x)], -1)
+    return qkv, host.b_proj(x), _scalar_decay(host, host.a_proj(x)), host.g_proj(x)
+
+
+def _kimi_linear(host: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qkv = torch.cat([host.q_proj(x), host.k_proj(x), host.v_proj(x)], -1)
+    return qkv, host.b_proj(x), host.forget_gate(x), host.g_b_proj(host.g_a_proj(x))
+
+
+_HOSTS: dict[str, _Host] = {
+    "Qwen3NextGatedDeltaNet": _Host(_grouped_shape, _qwen3_next, "norm", "out_proj"),
+    "Qwen3_5GatedDeltaNet": _Host(_grouped_shape, _qwen3_5, "norm", "out_proj"),
+    "Qwen3_5MoeGatedDeltaNet": _Host(_grouped_shape, _qwen3_5, "norm", "out_proj"),
+    "OlmoHybridGatedDeltaNet": _Host(_grouped_shape, _olmo_hybrid, "o_norm", "o_proj"),
+    "KimiLinearDeltaAttention": _Host(
+        lambda host: (host.num_heads, host.num_heads, host.head_dim, host.head_dim), _kimi_linear, "o_norm", "o_proj"
+    ),
+}
