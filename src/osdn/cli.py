@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import tyro
 
 from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
+from osdn.evals.config import Evaluation
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ class Compare:
         compare(experiment, out=self.out, workers=self.workers, checkpoint_every=self.checkpoint_every)
 
 
-SUBCOMMANDS: dict[str, Callable[..., Compare | Bench]] = {"compare": Compare, "bench": Bench}
+SUBCOMMANDS: dict[str, Callable[..., Compare | Bench | Evaluation]] = {
+    "compare": Compare,
+    "bench": Bench,
+    "eval": Evaluation,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"osdn {version('osdn')}")
         return 0
+    if "--harness" in arguments:  # what stands behind it is another program's
+        at = arguments.index("--harness")
+        arguments = [*arguments[:at], f"--harness={shlex.join(arguments[at + 1 :])}"]
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             SUBCOMMANDS,
