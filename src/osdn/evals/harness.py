@@ -46,6 +46,7 @@ def run_harness(path: Path, arguments: str) -> None:
         raise ValueError("harness: lm-evaluation-harness is missing; takes `pip install 'osdn[eval]'`") from None
     model = [f"pretrained={path}", "backend=causal"]
     watched, refuse = logging.getLogger("lm_eval.models.huggingface"), _RefuseTruncation()
+    watched.setLevel(logging.WARNING)  # whatever LMEVAL_LOG_LEVEL says
     watched.addFilter(refuse)
     before = sys.argv
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ def evaluate(config: Evaluation, path: Path, console: Console | None = None) -> 
     model = checkpoint.load(config.device, config.dtype)
     results = []
     for task, log in zip(tasks, logs, strict=True):
-        began = time.monotonic()
         todo = [i for i in task.order() if i not in log.records]
         console.print(f"{task.name}: {len(task)} examples, {len(todo)} to do", highlight=False)
         with Progress(
@@ -75,7 +73,6 @@ def evaluate(config: Evaluation, path: Path, console: Console | None = None) -> 
             },
             "log": log.path.name,
             "batch_size": config.batch_size,
-            "seconds": time.monotonic() - began,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **provenance(),
             "device": str(model.device) if model.device.type != "cpu" else provenance()["device"],
