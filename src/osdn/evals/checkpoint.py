@@ -41,8 +41,10 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
         except Exception as error:  # whatever a foreign or damaged config leads it to
             raise ValueError(f"checkpoint: got {path}, whose config cannot be used ({_first_line(error)})") from error
-        digest = hashlib.sha256()
-        for file in (path / "config.json", *weights):
+        fields = json.loads((path / "config.json").read_bytes())
+        fields.pop("auto_map", None)  # says where the code is, not what the model is
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        for file in weights:
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
         return cls(path, config, load_tokenizer(path, config.get_text_config().vocab_size), digest.hexdigest())

@@ -35,8 +35,10 @@ def read_text(argument: str, path: Path) -> str:
         raise ValueError(f"{argument}: got {path}, which is not UTF-8 at byte {error.start}; takes UTF-8") from None
 
 
-def read_jsonl(argument: str, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """One object a line, blank lines apart; every one of `fields` has to be a string that is not blank.
+def read_jsonl(
+    argument: str, path: Path, fields: Sequence[str], may_be_blank: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """One object a line, blank lines apart; see `check_fields`.
 
     Raises ValueError with the number of the first line where that does not hold.
     """
@@ -47,19 +49,20 @@ def read_jsonl(argument: str, path: Path, fields: Sequence[str]) -> list[dict[st
                 row = json.loads(line)
             except ValueError:
                 row = None
-            check_fields(row, fields, f"{argument}: got {path}, line {number}")
+            check_fields(row, fields, may_be_blank, f"{argument}: got {path}, line {number}")
             rows.append(row)
     if not rows:
         raise ValueError(f"{argument}: got {path}, without a line; takes JSON objects with {', '.join(fields)}")
     return rows
 
 
-def check_fields(row: Any, fields: Sequence[str], where: str) -> None:
-    """Raises ValueError, beginning with `where`, unless `row` is an object whose `fields` are strings, not blank."""
+def check_fields(row: Any, fields: Sequence[str], may_be_blank: Sequence[str], where: str) -> None:
+    """Raises ValueError, beginning with `where`, unless `row` is an object whose `fields` are strings, none blank but
+    those that may be."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}, which is no JSON object; takes one with {', '.join(fields)}")
     for name in fields:
-        if not isinstance(row.get(name), str) or not row[name].strip():
+        if not isinstance(row.get(name), str) or not (row[name].strip() or name in may_be_blank):
             got = repr(row[name]) if name in row else "nothing"
             raise ValueError(f"{where}, with {got} as {name!r}; takes a string that is not blank")
 

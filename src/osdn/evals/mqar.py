@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from osdn.data.mqar import IGNORE, MQAR
+from osdn.data.mqar import MQAR
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.results import Metric, Record, ratio
 
@@ -60,7 +60,7 @@ class PairRecall:
     def score(self, model: Any, indices: Sequence[int]) -> list[Record]:
         ids, labels = self.ids[list(indices)], self.labels[list(indices), 1:]
         answers = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].argmax(-1).cpu()
-        right = ((answers == labels) & (labels != IGNORE)).sum(1)
+        right = (answers == labels).sum(1)  # a label that is no answer is negative
         return [
             {"index": index, "pairs": self.pairs[index // self.sequences], "right": int(right[row])}
             for row, index in enumerate(indices)

@@ -43,6 +43,8 @@ class Perplexity:
         limit: int = 0,
     ) -> None:
         checkpoint.require(block_size, "block_size")
+        if bucket_size < 2:
+            raise ValueError(f"bucket_size: got {bucket_size}, takes an int >= 2: the first token has no loss")
         texts, self.data = read_documents("text", paths)
         end = checkpoint.tokenizer.eos_token_id
         tail = [] if end is None else [end]
@@ -117,10 +119,15 @@ def token_losses(model: Any, ids: Tensor, segment_size: int) -> Tensor:
         _check_carried_state(model, ids[:1, :128])
     losses, cache = list[Tensor](), None
     for start in range(0, T, segment_size):
-        out = model(input_ids=ids[:, start : start + segment_size].to(device), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = _forward(model, ids[:, start : start + segment_size].to(device), cache)
+        cache = out.get("past_key_values")
         losses.append(_losses(out.logits, ids[:, start + 1 : start + segment_size + 1].to(device)))
     return torch.cat(losses, 1).double().cpu()
+
+
+def _forward(model: Any, ids: Tensor, cache: Any) -> Any:
+    carried = {} if cache is None else {"past_key_values": cache}
+    return model(input_ids=ids, use_cache=True, **carried)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -131,8 +138,8 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 def _check_carried_state(model: Any, ids: Tensor) -> None:
     ids, half = ids.to(model.device), ids.shape[1] // 2
     whole = model(input_ids=ids, use_cache=False).logits
-    cache = model(input_ids=ids[:, :half], use_cache=True).past_key_values
-    second = model(input_ids=ids[:, half:], past_key_values=cache, use_cache=True).logits
+    cache = _forward(model, ids[:, :half], None).get("past_key_values")
+    second = _forward(model, ids[:, half:], cache).logits
     targets = ids[:, half + 1 :]
     off = float((_losses(second, targets) - _losses(whole[:, half:], targets)).abs().mean())
     # A state that starts anew is off by tenths of a nat, rounding by a few eps times the number of layers.
@@ -145,5 +152,5 @@ def _check_carried_state(model: Any, ids: Tensor) -> None:
 
 def _exp(loss: Metric) -> Metric:
     """Perplexity of a mean loss, its error to first order."""
-    value = math.exp(loss["value"])
+    value = math.exp(loss["value"]) if loss["value"] < 700 else math.inf
     return loss | {"value": value, "stderr": None if loss["stderr"] is None else value * loss["stderr"]}

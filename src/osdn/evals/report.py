@@ -92,6 +92,8 @@ class Report:
         label(axes, *_AXES.get(kind, ("", "score")))
         if kind not in _AXES:
             axes.set_xticks(range(len(names)), [name for name, *_ in names], rotation=20, ha="right")
+        if kind in ("mqar", "recall"):
+            axes.set_ylim(0, max(0.05, axes.get_ylim()[1]))
         axes.legend(frameon=False)
         return png(figure)
 

@@ -64,6 +64,8 @@ class ExampleLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
+            if whole.count(b"\n") < 2:  # no example yet: nothing to lose, whatever it was
+                whole = b""
             self._read(whole, identity)
             with path.open("r+b" if content else "wb") as file:
                 file.truncate(len(whole))

@@ -157,10 +157,10 @@ def test_what_a_model_cannot_read_is_refused(tmp_path):
 
 
 def test_short_answers_and_limits(make):
-    rows = [{"text": "t", **KIND, "value": v} for v in ("x", "no", " y ", "yes", "may")]
+    rows = [{"text": "t", **KIND, "value": v} for v in ("x", "no", " y ", "", "yes", "may")]
     task = make("fda", *rows, limit=2)
     assert task.answers == ["no", "yes"]
-    assert task.cut["left_out"] == 2
+    assert task.cut["left_out"] == 3
     with pytest.raises(ValueError, match=re.escape("cloze: got data.jsonl, without an answer of two characters")):
         make("fda", rows[0])
     with pytest.raises(ValueError, match=re.escape("window: got 50, takes more than the 50 tokens kept")):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from osdn.data import MQAR
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.mqar import PairRecall
 
@@ -51,8 +52,10 @@ def test_a_batch_changes_nothing(task, save):
 
 
 def test_sequences_are_those_of_the_test_split(task, save):
-    other = PairRecall(Checkpoint.open(save()), (8,), seq_len=40, vocab_size=40, sequences=12)
-    assert torch.equal(other.ids, task.ids[12:])
+    for i, n in enumerate((2, 8)):
+        ids, labels = MQAR(n, 40, 40).batch(12, seed=0, split="test")
+        assert torch.equal(task.ids[12 * i : 12 * (i + 1)], ids)
+        assert torch.equal(task.labels[12 * i : 12 * (i + 1)], labels)
     with pytest.raises(ValueError, match=re.escape("vocab_size: got 257, takes at most the model's 256")):
         PairRecall(Checkpoint.open(save()), (8,), vocab_size=257)
     assert PairRecall(Checkpoint.open(save()), (8,)).policy["vocab_size"] == 256

@@ -34,6 +34,14 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         read_jsonl("cloze", path, ("text", "value"))
 
 
+def test_what_may_be_blank(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "t", "value": ""}')
+    (row,) = read_jsonl("cloze", tmp_path / "x.jsonl", ("text", "value"), ("value",))
+    assert row == {"text": "t", "value": ""}
+    with pytest.raises(ValueError, match="with '' as 'value'; takes a string that is not blank"):
+        read_jsonl("cloze", tmp_path / "x.jsonl", ("text", "value"))
+
+
 def test_nothing_to_read(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match=r"cloze: got .*x.jsonl, without a line; takes JSON objects with text"):

@@ -128,6 +128,7 @@ def test_auto_map_leaves_the_model_as_it_is(models):
         "AutoModelForCausalLM": "osdn_auto.OSDNForCausalLM",
     }
     assert after == before
+    assert Checkpoint.open(auto).sha256 == Checkpoint.open(plain).sha256
     assert {file.name for file in auto.iterdir()} - {file.name for file in plain.iterdir()} == {
         *("osdn_auto.py", "tokenizer.json", "tokenizer_config.json")
     }

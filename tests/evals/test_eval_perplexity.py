@@ -144,6 +144,8 @@ def test_limit_and_refusals(save, text):
     assert (len(task), task.cut) == (2, {"tokens_behind_the_last_block": 738 - 300})
     with pytest.raises(ValueError, match="block_size: got 739, takes 2 to 738, the tokens there are in text"):
         Perplexity(checkpoint, [text], block_size=739)
+    with pytest.raises(ValueError, match="bucket_size: got 1, takes an int >= 2"):
+        Perplexity(checkpoint, [text], block_size=150, bucket_size=1)
     (text / "c.bin").write_bytes(b"abc\xff")
     with pytest.raises(
         ValueError, match=re.escape(f"text: got {text}/c.bin, which is not UTF-8 at byte 3; takes UTF-8")

@@ -47,12 +47,13 @@ def test_a_log_goes_on_where_it_was(tmp_path):
         assert ExampleLog(path, IDENTITY).records.keys() == records | {9}
 
 
-@pytest.mark.parametrize("left", [b"", b'{"task": "t", "ver'])
-def test_a_log_killed_in_its_first_line_starts_over(tmp_path, left):
+@pytest.mark.parametrize("left", [b"", b'{"task": "t", "ver', b'{"task": "other"}\n', b'{"task": "other"}\n{"index"'])
+def test_a_log_without_an_example_starts_over(tmp_path, left):
     path = tmp_path / "t.jsonl"
     path.write_bytes(left)
     ExampleLog(path, IDENTITY).append([{"index": 0}])
     assert ExampleLog(path, IDENTITY).records == {0: {"index": 0}}
+    assert path.read_bytes().count(b"\n") == 2
 
 
 def test_another_evaluation_is_refused_and_left_alone(tmp_path):
