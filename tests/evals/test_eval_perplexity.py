@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from osdn.data.tokenizer import byte_tokenizer
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.perplexity import Perplexity, token_losses
 from osdn.models.configuration import _MIXERS as MIXERS
@@ -136,6 +137,17 @@ def test_a_batch_changes_nothing(save, text):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=1e-11)
+
+
+def test_what_looks_like_a_special_token_is_text(save, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.split_special_tokens = False
+    tokenizer.save_pretrained(save())
+    checkpoint = Checkpoint.open(save())
+    assert checkpoint.tokenizer("Ā")["input_ids"] == [0] != list("Ā".encode())
+    (tmp_path / "t").write_text("abĀcd")
+    task = Perplexity(checkpoint, [tmp_path / "t"], block_size=7, bucket_size=7)
+    assert task.blocks.tolist() == [[*"abĀcd".encode(), 0]]
 
 
 def test_limit_and_refusals(save, text):

@@ -15,7 +15,7 @@ from osdn.compare.config import Experiment
 
 Result = dict[str, Any]
 _CONTROLS = ("beta2", "static", "forget-only", "gdn")
-COLORS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_COLORS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ class Summary:
 
     def markdown(self) -> str:
         header, rows = self.table()
-        return "\n\n".join([self.title, markdown_table(header, rows), *self.remarks()]) + "\n"
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([self.title, table, *self.remarks()]) + "\n"
 
     def rich(self) -> Table:
         """For a terminal: models side by side, which fits 80 columns for up to four of them."""
@@ -152,7 +154,7 @@ class Summary:
         key = "accuracy" if self.mqar else "loss"
         for i, model in enumerate(e.models):
             aside = i - (len(e.models) - 1) / 2  # keeps bars of equal height apart
-            color, runs = COLORS[i % len(COLORS)], self.runs[model]
+            color, runs = _COLORS[i % len(_COLORS)], self.runs[model]
             at = [point["step"] for point in runs[0]["history"]]
             curve = [Values(tuple(run["history"][j][key] for run in runs)) for j in range(len(at))]
             steps.plot(at, [v.mean for v in curve], color=color, label=model, linewidth=2)
@@ -167,15 +169,15 @@ class Summary:
                 points = [self.values(model, "final", k) for k in ("hit_loss", "rest_loss")]
                 _bars(parts, [x + 0.12 * aside for x in (0.0, 1.0)], points, color, line="")
             _bars(size, [runs[0]["state_bytes"]], [self.values(model, *self.headline)], color, line="")
-        label(steps, "training steps", f"held-out {what}")
+        _label(steps, "training steps", f"held-out {what}")
         if self.mqar:
-            label(parts, "pairs in the sequence", "recall accuracy after training")
+            _label(parts, "pairs in the sequence", "recall accuracy after training")
             parts.set_xticks(list(e.eval_pairs))
         else:
-            label(parts, "", "loss after training, nats a byte")
+            _label(parts, "", "loss after training, nats a byte")
             parts.set_xticks([0, 1], ["AR-hit: bigram seen\nbefore in the context", "all other bytes"])
             parts.set_xlim(-0.5, 1.5)
-        label(size, "recurrent state, bytes a sequence", f"{what}")
+        _label(size, "recurrent state, bytes a sequence", f"{what}")
         size.margins(x=0.35, y=0.25)
         size.ticklabel_format(useOffset=False)
         size.locator_params(axis="x", nbins=4)
@@ -186,18 +188,9 @@ class Summary:
         steps.legend(frameon=False)
         seeds = f"mean and range over {e.seeds} seeds" if e.seeds > 1 else "one seed"
         figure.suptitle(f"{self.title}; {seeds}", fontsize=10)
-        return png(figure)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        return buffer.getvalue()
 
 
 def _bars(axes: Axes, x: Sequence[float], values: Sequence[Values], color: str, line: str) -> None:
@@ -206,7 +199,7 @@ def _bars(axes: Axes, x: Sequence[float], values: Sequence[Values], color: str, 
     axes.errorbar(x, means, yerr=[low, high], color=color, marker="o", markersize=5, capsize=3, linestyle=line)
 
 
-def label(axes: Axes, x: str, y: str) -> None:
+def _label(axes: Axes, x: str, y: str) -> None:
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

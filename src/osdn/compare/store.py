@@ -51,12 +51,6 @@ def read_json(path: Path, required: set[str], warn: Warn) -> dict[str, Any] | No
     return value
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What a user may have changed, old value first."""
-    names = [name for name in now | before if before.get(name) != now.get(name)]
-    return "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} here" for name in names)
-
-
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Keeps the one before as `<path>.previous`, the last good state should this one be damaged later."""
     buffer = io.BytesIO()

@@ -39,9 +39,9 @@ class ByteText:
 
         Raises ValueError, naming the path, for one that cannot be read, holds no bytes, or stands on both sides.
         """
-        files = find_files("data", data) if data else _standard_library()
+        files = _files("data", data) if data else _standard_library()
         if eval_data:
-            held = find_files("eval_data", eval_data)
+            held = _files("eval_data", eval_data)
             if both := sorted(files.keys() & held.keys()):
                 raise ValueError(f"eval_data: got {both[0]}, which is in data too; takes files that are not trained on")
         elif len(files) == 1:
@@ -99,11 +99,8 @@ def ar_hits(ids: Tensor) -> Tensor:
     return hits
 
 
-def find_files(argument: str, paths: Sequence[Path]) -> dict[Path, str]:
-    """Every non-empty file among and below `paths`, hidden ones apart: resolved -> relative to the path given, sorted.
-
-    Raises ValueError, naming `argument`, for a path that is missing, empty or cannot be read.
-    """
+def _files(argument: str, paths: Sequence[Path]) -> dict[Path, str]:
+    """Resolved file -> its name relative to the path it was given by, sorted."""
     found: dict[Path, str] = {}
     for path in paths:
         if path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ class Perplexity:
         texts, self.data = read_documents("text", paths)
         end = checkpoint.tokenizer.eos_token_id
         tail = [] if end is None else [end]
-        # A tokenizer warns of texts longer than its model; these are cut into blocks.
-        parts = [np.array(checkpoint.tokenizer(text, verbose=False)["input_ids"] + tail, np.int32) for text in texts]
-        tokens = np.concatenate(parts)
+        # What looks like a special token is text, and no text is too long (verbose warns of that), as it is cut.
+        encode = partial(checkpoint.tokenizer, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        tokens = np.concatenate([np.array(encode(text)["input_ids"] + tail, np.int32) for text in texts])
         count = len(tokens) // block_size
         if block_size < 2 or not count:
             raise ValueError(f"block_size: got {block_size}, takes 2 to {len(tokens)}, the tokens there are in text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from osdn.compare.report import COLORS, label, markdown_table, png
+from osdn.bench.report import row
+from osdn.compare.report import _COLORS as COLORS
+from osdn.compare.report import _label as label
 from osdn.compare.store import write_atomic
 from osdn.evals.results import Metric
 
@@ -54,7 +57,10 @@ class Report:
         return [kind, *columns], [[m, *(_text(c.get(m)) for c in columns.values())] for m in metrics]
 
     def markdown(self) -> str:
-        tables = [markdown_table(*self.table(kind)) for kind in self.kinds]
+        tables = []
+        for header, rows in map(self.table, self.kinds):
+            lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+            tables.append("\n".join(row(*line) for line in lines))
         return "\n\n".join([*tables, "Values ± standard errors over examples.", *self.notes]) + "\n"
 
     def print(self, console: Console) -> None:
@@ -66,8 +72,8 @@ class Report:
             table = Table()
             for i, name in enumerate(header):
                 table.add_column(name, justify="right" if i else "left")
-            for row in rows:
-                table.add_row(*row)
+            for cells in rows:
+                table.add_row(*cells)
             console.print(table)
         console.print("Values ± standard errors over examples.", *self.notes, sep="\n", markup=False, highlight=False)
 
@@ -95,7 +101,9 @@ class Report:
         if kind in ("mqar", "recall"):
             axes.set_ylim(0, max(0.05, axes.get_ylim()[1]))
         axes.legend(frameon=False)
-        return png(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        return buffer.getvalue()
 
     def write(self, out: Path) -> None:
         write_atomic(out / "table.md", self.markdown().encode())
