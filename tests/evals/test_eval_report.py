@@ -85,12 +85,12 @@ def test_one_result_of_each():
     assert Report([RESULTS[0], other]).table("recall")[0] == ["recall", "one (oneone)", "one (ffffff)"]
 
 
-def harness(version=1.0, max_length=2048):
+def harness(version=1.0, max_length=2048, examples=9):
     return {
         "results": {"copa": {"alias": "copa", "acc,none": 0.5, "acc_stderr,none": 0.1}, "group": {"acc,none": 0.4}},
         "versions": {"copa": version},
         "n-shot": {"copa": 0},
-        "n-samples": {"copa": {"original": 9, "effective": 9}},
+        "n-samples": {"copa": {"original": 9, "effective": examples}},
         "task_hashes": {"copa": "a"},
         "model_name": f"models/m{version}",
         "max_length": max_length,
@@ -98,7 +98,15 @@ def harness(version=1.0, max_length=2048):
 
 
 def test_results_of_the_harness(tmp_path):
-    for name, content in {"a": harness(), "b": harness(2.0), "c": harness(1.0, 4096), "d": RESULTS[0]}.items():
+    contents = {
+        "a": harness(),
+        "d": RESULTS[0],
+        "b": harness(2.0),
+        "c": harness(1.0, 4096),
+        "e": harness(1.0, examples=5),
+    }
+    contents["f"] = harness() | {"model_name": "models/other", "task_hashes": {}}
+    for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))
     console = Console(file=io.StringIO(), width=100)
     show([tmp_path / "a", tmp_path / "d"], tmp_path / "out", console)
@@ -109,6 +117,10 @@ def test_results_of_the_harness(tmp_path):
         show([tmp_path / "a", tmp_path / "b"], None, console)
     with pytest.raises(ValueError, match="with max_length 2048 and 4096"):
         show([tmp_path / "a", tmp_path / "c"], None, console)
+    with pytest.raises(ValueError, match="with examples 9 and 5"):
+        show([tmp_path / "a", tmp_path / "e"], None, console)
+    show([tmp_path / "a", tmp_path / "f"], None, console)
+    assert "| harness | m1.0 | other |" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(

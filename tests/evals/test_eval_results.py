@@ -70,6 +70,15 @@ def test_another_evaluation_is_refused_and_left_alone(tmp_path):
         assert path.read_bytes() == before + line
 
 
+@pytest.mark.parametrize("content", [b'{"text": "one line"}', b'{"text": "t"}\n{"text": "u"}\n', b"[1]\n", b"\n"])
+def test_a_file_of_another_kind_is_left_alone(tmp_path, content):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"out: got {path}, which is no log of examples; takes a new path")):
+        ExampleLog(path, IDENTITY)
+    assert path.read_bytes() == content
+
+
 def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
     path = tmp_path / "t.jsonl"
     log = ExampleLog(path, IDENTITY)

@@ -52,6 +52,9 @@ def test_end_to_end(command, tmp_path, capsys, monkeypatch):
     assert main([*command, str(out)]) == 0
     assert "perplexity: 7 examples, 0 to do" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in out.glob("*.jsonl")} == logs
+    assert main([*command[:3], "mqar", *command[command.index("--pairs") :], str(out)]) == 0
+    assert (out / "table.md").read_text() == table  # of all that is there, not of the last call's tasks alone
+    capsys.readouterr()
     assert main(["eval", "--table", *(str(out / f"{name}.json") for name in results(out))]) == 0
     assert table.strip() in capsys.readouterr().out
 

@@ -147,19 +147,23 @@ def _of_harness(content: dict[str, Any], task: str) -> Result:
         "task": task,
         "kind": "harness",
         "version": content["versions"].get(task),
-        "context_policy": {"n-shot": content["n-shot"].get(task), "max_length": content.get("max_length")},
+        "context_policy": {
+            "n-shot": content["n-shot"].get(task),
+            "max_length": content.get("max_length"),
+            "examples": content["n-samples"][task]["effective"],
+        },
         "cut": {},
-        "data": {"sha256": content.get("task_hashes", {}).get(task), "sources": f"{content['n-samples'][task]}"},
+        "data": {"sha256": content.get("task_hashes", {}).get(task), "sources": task},
         "metrics": metrics,
         "checkpoint": {"name": Path(content["model_name"]).name, "sha256": content["model_name"]},
     }
 
 
 def _check_comparable(one: Result, other: Result) -> None:
-    def identity(result: Result) -> dict[str, Any]:
-        return {"version": result["version"], "data": result["data"]["sha256"], **result["context_policy"]}
-
-    before, now = identity(one), identity(other)
+    before, now = ({"version": result["version"], **result["context_policy"]} for result in (one, other))
+    data = [result["data"]["sha256"] for result in (one, other)]
+    if None not in data:  # the harness tells it with --log_samples alone
+        before["data"], now["data"] = data
     unlike = [f"{k} {before.get(k)!r} and {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)]
     if unlike:
         names = " and ".join(x["checkpoint"]["name"] for x in (one, other))

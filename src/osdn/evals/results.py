@@ -14,6 +14,7 @@ from osdn.compare.config import RunError
 
 Record = dict[str, Any]
 Metric = dict[str, Any]
+_START = b'{"task": '  # of every log
 
 
 class Task(Protocol):
@@ -53,7 +54,7 @@ class ExampleLog:
     """JSON lines: what they are examples of, then one record each, appended as soon as it is known.
 
     A last line that is not whole, of a process that was killed, is dropped, and its example done again.
-    `records`: those that are there, by index.
+    identity: plain JSON, "task" first. `records`: those that are there, by index.
 
     Raises ValueError where `path` holds examples of another evaluation, RunError where it cannot be read or written.
     """
@@ -63,6 +64,8 @@ class ExampleLog:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
+            if not (content.startswith(_START) or _START.startswith(content)):
+                raise ValueError(f"out: got {path}, which is no log of examples; takes a new path")
             whole = content[: content.rfind(b"\n") + 1]
             if whole.count(b"\n") < 2:  # no example yet: nothing to lose, whatever it was
                 whole = b""

@@ -12,18 +12,19 @@ from rich.progress import MofNCompleteColumn, Progress
 from osdn.compare.provenance import provenance
 from osdn.compare.store import write_json
 from osdn.evals.checkpoint import Checkpoint
-from osdn.evals.config import RECALL, Evaluation
+from osdn.evals.config import RECALL, TASKS, Evaluation
 from osdn.evals.mqar import PairRecall
 from osdn.evals.perplexity import Perplexity
 from osdn.evals.recall import Cloze
-from osdn.evals.report import Report
+from osdn.evals.report import Report, read_results
 from osdn.evals.results import ExampleLog, Task
 
 _SEQUENCES = 256
 
 
 def evaluate(config: Evaluation, path: Path, console: Console | None = None) -> list[dict[str, Any]]:
-    """Score what is not yet scored of the checkpoint in `path`, print the table, write the directory.
+    """Score what is not yet scored of the checkpoint in `path`, print the table of all results in the
+    directory, write it.
 
     In it: <task>.jsonl, the log of the examples; <task>.json, the result; table.md; <kind>.png.
 
@@ -79,7 +80,9 @@ def evaluate(config: Evaluation, path: Path, console: Console | None = None) -> 
         }
         write_json(out / f"{task.name}.json", result)
         results.append(result)
-    report = Report(results)
+    # Also what an earlier call with other tasks has left here.
+    files = (out / f"{name}.json" for name in TASKS)
+    report = Report([result for file in files if file.exists() for result in read_results(file)])
     report.write(out)
     report.print(console)
     console.print(f"results, logs of the examples, table.md and figures are in {out}", soft_wrap=True)
