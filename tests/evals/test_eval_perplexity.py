@@ -139,6 +139,12 @@ def test_a_batch_changes_nothing(save, text):
             assert a[key] == pytest.approx(b[key], rel=1e-11)
 
 
+def test_a_model_that_is_lost_has_an_infinite_perplexity(save, text):
+    task = Perplexity(Checkpoint.open(save()), [text], block_size=20, bucket_size=20)
+    record = {"losses": [19 * 800.0], "tokens": [19], "hit_loss": 0.0, "hits": 0}
+    assert task.metrics([record, record])["perplexity"]["value"] == math.inf
+
+
 def test_what_looks_like_a_special_token_is_text(save, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.split_special_tokens = False
