@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from osdn.convert import Convert
 from osdn.diagnostics.config import Diagnose
 from osdn.generate import Generate
 from osdn.theory.config import Theory
+from osdn.evals.config import Evaluation
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ SUBCOMMANDS: dict[str, Callable[..., Command]] = {
     "theory": Theory,
     "convert": Convert,
     "generate": Generate,
+    "eval": Evaluation,
     "bench": Bench,
 }
 
@@ -76,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"osdn {version('osdn')}")
         return 0
+    if "--harness" in arguments:  # what stands behind it is another program's
+        at = arguments.index("--harness")
+        arguments = [*arguments[:at], f"--harness={shlex.join(arguments[at + 1 :])}"]
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             SUBCOMMANDS,

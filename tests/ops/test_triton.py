@@ -81,8 +81,8 @@ def floor(case, dtype):
     fp32: 4 ulp; 16 with a state decay, whose gradient is a running sum of terms that cancel, most of all in short
     sequences, and whose factors exp(y) are relative to a token of the chunk and have an error of |y| ulp. A GPU is
     allowed three times that, since it makes a product of fp32 from three of tf32, drops the fourth, and truncates as it
-    sums. fp16 is computed as fp32. bf16: 2 ulp, as the kernels round operands of products to 8 bits, several one after another, and `chunked`
-    does not.
+    sums. fp16 is computed as fp32. bf16: 2 ulp, as the kernels round operands of products to 8 bits, several one after
+    another, and `chunked` does not.
     """
     if dtype == torch.bfloat16:
         return 2 * torch.finfo(dtype).eps

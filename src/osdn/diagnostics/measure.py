@@ -32,7 +32,7 @@ def diagnose(
     batch_size: int = 4,
     progress: Progress = lambda: None,
 ) -> dict[str, Any]:
-    """Measure every `OnlineScaledDeltaNet` layer of `model` on each task.
+    """Measure every `osdn.nn.DeltaMixer` layer of `model` on each task.
 
     tasks: name -> `[n, T]` token ids. chunk_size: tokens that the model sees at once; batch_size: sequences at once.
     model: takes `input_ids`, `past_key_values` and `use_cache`, and returns `past_key_values`, as all of transformers'
@@ -59,7 +59,7 @@ def diagnose(
     with observed(model, lambda *_: None) as names:
         pass
     if not names:
-        raise ValueError(f"model: got {type(model).__name__}, takes a model with osdn.OnlineScaledDeltaNet layers")
+        raise ValueError(f"model: got {type(model).__name__}, takes a model with osdn.OnlineScaledDeltaNet or preconditioned layers")
     out: dict[str, Any] = {"levels": list(LEVELS), "tasks": {}}
     for task, ids in tasks.items():
         layers = [_Layer(name, min(BINS, ids.shape[1])) for name in names]

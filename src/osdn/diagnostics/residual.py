@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from osdn.nn import OnlineScaledDeltaNet, Writes
+from osdn.nn import DeltaMixer, Writes
 
 
 def residual_ratio(model: nn.Module, input_ids: Tensor) -> dict[str, object]:
@@ -47,7 +47,7 @@ def reach(writes: Writes, d: Tensor | None) -> Tensor:
 @contextmanager
 def observed(model: nn.Module, hook: Callable[[int, Writes], None]) -> Iterator[list[str]]:
     """Within, `hook(i, writes)` sees what layer i, in the order of `named_modules`, writes with; yields their names."""
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, OnlineScaledDeltaNet)}
+    layers = {m: name for name, m in model.named_modules() if isinstance(m, DeltaMixer)}
     place = {layer: i for i, layer in enumerate(layers)}
     handles = [layer.register_write_hook(lambda layer, writes: hook(place[layer], writes)) for layer in layers]
     try:

@@ -1,6 +1,6 @@
 """The layer and its parts, usable in any model."""
 
-from osdn.nn.layer import OnlineScaledDeltaNet, Writes
+from osdn.nn.layer import DeltaMixer, OnlineScaledDeltaNet, Writes
 from osdn.nn.options import PreconditionerOptions
 
-__all__ = ["OnlineScaledDeltaNet", "PreconditionerOptions", "Writes"]
+__all__ = ["DeltaMixer", "OnlineScaledDeltaNet", "PreconditionerOptions", "Writes"]

@@ -1,0 +1,111 @@
+"""The `osdn eval` command. Imports neither torch nor transformers, so that its `--help` stays quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+RECALL = ("fda", "fda_twice", "swde", "swde_twice", "squad", "squad_twice")
+TASKS = ("perplexity", "mqar", *RECALL)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluate a checkpoint: perplexity by position, recall, or any task of lm-evaluation-harness.
+
+    Results go to a directory: for each task a JSON and a log of its examples, then a table and figures. A run that was
+    stopped goes on with the same command. Raises ValueError for a field out of range."""
+
+    checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CHECKPOINT]")] = None
+    """Directory of a causal language model, as `save_pretrained` writes it."""
+    tasks: tuple[str, ...] = ()
+    """Any of: perplexity mqar fda fda_twice swde swde_twice squad squad_twice."""
+    out: Path | None = None
+    """Where results go; by default runs/eval-<name of the checkpoint>."""
+    table: tuple[Path, ...] = ()
+    """Instead: put these results (of osdn eval, or of the harness) side by side; --out keeps table and figures."""
+    harness: str = ""
+    """Instead: everything behind it goes to lm-evaluation-harness, with --model hf on this checkpoint."""
+    export_auto_map: bool = False
+    """Instead: let the checkpoint be loaded without `import osdn`, by trust_remote_code=True."""
+
+    text: tuple[Path, ...] = ()
+    """perplexity: UTF-8 text files, .jsonl files with a field `text`, or directories of such."""
+    block_size: int = 20_480
+    """perplexity: tokens a block, which is read from an empty state."""
+    bucket_size: int = 2_048
+    """perplexity: tokens a bucket of positions."""
+    segment_size: int = 2_048
+    """perplexity: tokens a forward pass; the state is carried on to the next."""
+
+    cloze: Path | None = None
+    """fda, swde, squad: a local .jsonl file with text, key and value, instead of the data set's own."""
+    window: int = 1_000
+    """fda, swde, squad: tokens of a document around its answer, with those kept for the answer."""
+
+    pairs: tuple[int, ...] = (4, 8, 16, 24, 32)
+    """mqar: numbers of key-value pairs to evaluate at."""
+    seq_len: int = 128
+    """mqar: tokens a sequence."""
+    passes: int = 1
+    """mqar: how often the pairs are listed before the queries."""
+    vocab_size: int = 0
+    """mqar: number of tokens the model was trained with; 0: all that it knows."""
+    seed: int = 0
+    """mqar: seed of the sequences, which are never those of training."""
+
+    limit: int = 0
+    """Blocks, documents, or sequences of every number of pairs; 0: all there are, and 256 sequences."""
+    batch_size: int = 8
+    """Blocks, documents or sequences at once; changes no result."""
+    device: str = "auto"
+    """auto: a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """auto: the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        modes = {"table": self.table, "harness": self.harness, "export_auto_map": self.export_auto_map}
+        if sum(map(bool, (*modes.values(), self.tasks))) != 1:
+            given = [name for name, value in {"tasks": self.tasks, **modes}.items() if value]
+            raise ValueError(f"tasks: got {', '.join(given) or 'none'}, takes one of tasks, {', '.join(modes)}")
+        if (self.checkpoint is None) != bool(self.table):
+            wanted = "none beside table" if self.table else "a directory"
+            raise ValueError(f"checkpoint: got {self.checkpoint or 'none'}, takes {wanted}")
+        if unknown := [name for name in self.tasks if name not in TASKS]:
+            raise ValueError(f"tasks: got {unknown[0]!r}, takes names among {', '.join(TASKS)}")
+        if len(set(self.tasks)) < len(self.tasks) or len(set(self.pairs)) < len(self.pairs) or not self.pairs:
+            raise ValueError("tasks, pairs: takes one or more different ones")
+        for name in ("block_size", "bucket_size", "segment_size", "seq_len", "passes", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: got {value}, takes an int >= 1")
+        for name in ("vocab_size", "seed", "limit"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name}: got {value}, takes an int >= 0")
+        if not self.bucket_size <= self.block_size:
+            raise ValueError(f"bucket_size: got {self.bucket_size}, takes at most block_size = {self.block_size}")
+        if ("perplexity" in self.tasks) != bool(self.text):
+            got = "none" if not self.text else "files without the task perplexity"
+            raise ValueError(f"text: got {got}, takes files to compute the perplexity of")
+        if self.cloze is not None and not set(self.tasks) & set(RECALL):
+            raise ValueError(f"cloze: got {self.cloze}, takes one beside tasks among {', '.join(RECALL)}")
+
+    def run(self) -> None:
+        if self.checkpoint is None:
+            from osdn.evals.report import show
+
+            show(self.table, self.out)
+        elif self.harness:
+            from osdn.evals.harness import run_harness
+
+            run_harness(self.checkpoint, self.harness)
+        elif self.export_auto_map:
+            from osdn.evals.harness import export_auto_map
+
+            export_auto_map(self.checkpoint)
+        else:
+            from osdn.evals.run import evaluate
+
+            evaluate(self, self.checkpoint)

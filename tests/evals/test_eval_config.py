@@ -1,0 +1,48 @@
+import subprocess
+import sys
+
+import pytest
+
+from osdn.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "takes one of tasks, table, harness, export_auto_map"),
+        ("x --tasks mqar --export-auto-map", "tasks: got tasks, export_auto_map, takes one of"),
+        ("--tasks mqar", "checkpoint: got none, takes a directory"),
+        ("x --table y", "checkpoint: got x, takes none beside table"),
+        ("x --tasks mqar nothing", "tasks: got 'nothing', takes names among perplexity, mqar, fda, fda_twice,"),
+        ("x --tasks mqar mqar", "tasks, pairs: takes one or more different ones"),
+        ("x --tasks mqar --batch-size 0", "batch_size: got 0, takes an int >= 1"),
+        ("x --tasks mqar --limit -1", "limit: got -1, takes an int >= 0"),
+        ("x --tasks perplexity", "text: got none, takes files to compute the perplexity of"),
+        ("x --tasks mqar --text y", "text: got files without the task perplexity"),
+        ("x --tasks mqar --cloze y", "cloze: got y, takes one beside tasks among fda, fda_twice,"),
+        ("x --tasks perplexity --text y --block-size 9", "bucket_size: got 2048, takes at most block_size = 9"),
+        ("x --tasks mqar", "checkpoint: got x, which does not exist; takes a directory that save_pretrained wrote"),
+        ("x --harness --tasks y", "checkpoint: got x, which does not exist"),
+        ("x --export-auto-map", "checkpoint: got x, which does not exist"),
+        ("--table x", "table: got x, which cannot be read (No such file"),
+    ],
+)
+def test_a_bad_request_says_what_it_takes(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["eval", *arguments.split()])
+    except SystemExit as end:  # tyro's own, which wraps its lines
+        status = end.code
+    assert status == 2
+    assert message.replace(" ", "") in "".join(capsys.readouterr().err.replace("│", "").split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_neither_torch_nor_lm_eval():
+    # `import osdn` brings torch; this one alone is to bring nothing beyond it.
+    program = (
+        "import sys, osdn; before = set(sys.modules); import osdn.evals.config; "
+        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"lm_eval", "datasets", "matplotlib", "tokenizers", "pandas"}

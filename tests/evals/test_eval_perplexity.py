@@ -1,0 +1,171 @@
+import math
+import re
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from osdn.data.tokenizer import byte_tokenizer
+from osdn.evals.checkpoint import Checkpoint
+from osdn.evals.perplexity import Perplexity, token_losses
+from osdn.models.configuration import _MIXERS as MIXERS
+
+TINY = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tokens(B=3, T=90, seed=0):
+    return torch.randint(0, 256, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def whole(model, ids):
+    """The definition: all logits at once."""
+    log_p = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[:, :-1]
+    return -log_p.gather(2, ids[:, 1:, None])[..., 0].detach()
+
+
+def watch(model):
+    """Of every forward pass: length of its input, its cache, and numbers in that by then."""
+    seen = []
+
+    def note(module, args, kwargs, out):  # noqa: ARG001
+        layers = [] if out.past_key_values is None else out.past_key_values.layers
+        states = [s for layer in layers for s in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+        seen.append(
+            (kwargs["input_ids"].shape[1], out.past_key_values, sum(s.numel() for s in states if s is not None))
+        )
+
+    model.register_forward_hook(note, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("preset", MIXERS)
+def test_a_block_in_segments_is_the_block_at_once(save, preset):
+    model = Checkpoint.open(save(preset)).load("cpu", "auto")
+    assert model.dtype == torch.float64
+    ids = tokens()
+    expected, seen = whole(model, ids), watch(model)
+    for segment in (7, 32, 89, 90, 500):
+        # Chunks begin elsewhere, so the sums differ in order alone.
+        torch.testing.assert_close(token_losses(model, ids, segment), expected, rtol=1e-9, atol=1e-9)
+    if preset in ("osdn", "osdn-apf", "osdn-apf-paper", "os-gdn", "os-kda"):
+        for layer, state in zip(model.model.layers, seen[-1][1].layers, strict=True):
+            p = layer.attn.preconditioner
+            d_0 = layer.attn.d0 if p.learn_d_init else torch.tensor(p.d_init)
+            assert (state.recurrent_states[1] - d_0).abs().amax(-1).min() > 0.05
+
+
+def test_no_forward_pass_is_longer_than_a_segment(save):
+    model = Checkpoint.open(save()).load("cpu", "auto")
+    seen = watch(model)
+    token_losses(model, tokens(T=2000), 160)
+    assert max(length for length, *_ in seen) == 160
+    assert len({size for _, _, size in seen[-10:]}) == 1  # what is kept of the past does not grow either
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_other_models_of_transformers(name, tmp_path):
+    torch.manual_seed(0)
+    if name == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=128))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**TINY, intermediate_size=16, max_position_embeddings=128))
+    model.double().save_pretrained(tmp_path / name)
+    checkpoint = Checkpoint.open(tmp_path / name)
+    model = checkpoint.load("cpu", "auto")
+    torch.testing.assert_close(token_losses(model, tokens(), 16), whole(model, tokens()), rtol=1e-9, atol=1e-9)
+    (tmp_path / "t").write_text("a" * 999)
+    with pytest.raises(ValueError, match="block_size: needs 129 tokens, takes at most the 128 that"):
+        Perplexity(checkpoint, [tmp_path / "t"], block_size=129, bucket_size=9)
+
+
+def test_a_cache_that_restarts_is_refused(save):
+    model = Checkpoint.open(save()).load("cpu", "auto")
+
+    class Restarts(type(model)):
+        def forward(self, *args, past_key_values=None, **kwargs):  # noqa: ARG002
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Restarts
+    with pytest.raises(ValueError, match="segment_size: a Restarts read in two segments is off by"):
+        token_losses(model, tokens(), 32)
+    torch.testing.assert_close(token_losses(model, tokens(), 90), whole(model, tokens()), rtol=1e-9, atol=1e-9)
+
+
+def test_buckets_and_hits_by_hand(save, text):
+    checkpoint = Checkpoint.open(save())
+    task = Perplexity(checkpoint, [text], block_size=150, bucket_size=60, segment_size=40)
+    model = checkpoint.load("cpu", "auto")
+    stream = b"".join((text / name).read_bytes() + b"\0" for name in ("a.txt", "b.txt"))
+    assert len(task) == len(stream) // 150 == 4
+    assert task.cut == {"tokens_behind_the_last_block": len(stream) - 600}
+    sums = {0: [], 1: [], 2: [], "hit": [], "rest": []}
+    for i in range(4):
+        block = stream[150 * i : 150 * (i + 1)]
+        losses = whole(model, torch.tensor([list(block)]))[0].tolist()
+        seen = set()
+        for t in range(1, 150):
+            bigram = block[t - 1 : t + 1]
+            sums[t // 60].append(losses[t - 1])
+            sums["hit" if bigram in seen else "rest"].append(losses[t - 1])
+            seen.add(bigram)
+    assert [len(sums[i]) for i in range(3)] == [4 * 59, 4 * 60, 4 * 30]
+    found = task.metrics(task.score(model, range(4)))
+    mean = {key: sum(values) / len(values) for key, values in sums.items()}
+    expected = {
+        "loss": sum(sum(sums[i]) for i in range(3)) / 596,
+        "AR-hit loss": mean["hit"],
+        "other loss": mean["rest"],
+        "AR-hit share": len(sums["hit"]) / 596,
+        "perplexity 0-60": math.exp(mean[0]),
+        "perplexity 60-120": math.exp(mean[1]),
+        "perplexity 120-150": math.exp(mean[2]),
+    }
+    expected["perplexity"] = math.exp(expected["loss"])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name]["value"] == pytest.approx(value, rel=1e-9), name
+        assert found[name]["stderr"] > 0
+    assert [found[f"perplexity {x}"]["x"] for x in ("0-60", "60-120", "120-150")] == [30, 90, 135]
+
+
+def test_a_batch_changes_nothing(save, text):
+    checkpoint = Checkpoint.open(save("os-kda"))
+    task = Perplexity(checkpoint, [text], block_size=150, bucket_size=60, segment_size=40)
+    model = checkpoint.load("cpu", "auto")
+    together, alone = task.score(model, [3, 0, 2, 1]), [task.score(model, [i])[0] for i in (3, 0, 2, 1)]
+    for a, b in zip(together, alone, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-11)
+
+
+def test_a_model_that_is_lost_has_an_infinite_perplexity(save, text):
+    task = Perplexity(Checkpoint.open(save()), [text], block_size=20, bucket_size=20)
+    record = {"losses": [19 * 800.0], "tokens": [19], "hit_loss": 0.0, "hits": 0}
+    assert task.metrics([record, record])["perplexity"]["value"] == math.inf
+
+
+def test_what_looks_like_a_special_token_is_text(save, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.split_special_tokens = False
+    tokenizer.save_pretrained(save())
+    checkpoint = Checkpoint.open(save())
+    assert checkpoint.tokenizer("Ā")["input_ids"] == [0] != list("Ā".encode())
+    (tmp_path / "t").write_text("abĀcd")
+    task = Perplexity(checkpoint, [tmp_path / "t"], block_size=7, bucket_size=7)
+    assert task.blocks.tolist() == [[*"abĀcd".encode(), 0]]
+
+
+def test_limit_and_refusals(save, text):
+    checkpoint = Checkpoint.open(save())
+    task = Perplexity(checkpoint, [text], block_size=150, bucket_size=60, limit=2)
+    assert (len(task), task.cut) == (2, {"tokens_behind_the_last_block": 738 - 300})
+    with pytest.raises(ValueError, match="block_size: got 739, takes 2 to 738, the tokens there are in text"):
+        Perplexity(checkpoint, [text], block_size=739)
+    with pytest.raises(ValueError, match="bucket_size: got 1, takes an int >= 2"):
+        Perplexity(checkpoint, [text], block_size=150, bucket_size=1)
+    (text / "c.bin").write_bytes(b"abc\xff")
+    with pytest.raises(
+        ValueError, match=re.escape(f"text: got {text}/c.bin, which is not UTF-8 at byte 3; takes UTF-8")
+    ):
+        Perplexity(checkpoint, [text], block_size=150)
