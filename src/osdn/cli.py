@@ -16,9 +16,9 @@ from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
 from osdn.convert import Convert
 from osdn.diagnostics.config import Diagnose
+from osdn.evals.config import Evaluation
 from osdn.generate import Generate
 from osdn.theory.config import Theory
-from osdn.evals.config import Evaluation
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def test_refused_tasks(ids, message):
 
 
 def test_other_refusals():
-    with pytest.raises(ValueError, match=r"model: got Linear, takes a model with osdn\.OnlineScaledDeltaNet layers"):
+    with pytest.raises(ValueError, match=r"model: got Linear, takes a model with osdn\.OnlineScaledDeltaNet"):
         diagnose(nn.Linear(2, 2), {"a": some_tokens()})
     with pytest.raises(ValueError, match="chunk_size, batch_size: got 0, 4, takes ints >= 1"):
         diagnose(a_model("osdn"), {"a": some_tokens()}, chunk_size=0)

@@ -59,7 +59,9 @@ def diagnose(
     with observed(model, lambda *_: None) as names:
         pass
     if not names:
-        raise ValueError(f"model: got {type(model).__name__}, takes a model with osdn.OnlineScaledDeltaNet or preconditioned layers")
+        raise ValueError(
+            f"model: got {type(model).__name__}, takes a model with osdn.OnlineScaledDeltaNet or preconditioned layers"
+        )
     out: dict[str, Any] = {"levels": list(LEVELS), "tasks": {}}
     for task, ids in tasks.items():
         layers = [_Layer(name, min(BINS, ids.shape[1])) for name in names]
