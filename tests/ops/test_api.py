@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,3 +251,15 @@ def test_forward_mode_is_refused_where_it_would_be_silently_zero():
         torch.testing.assert_close(tangent, out)  # linear in v, and S_0 = 0
         with pytest.raises(ValueError, match="'chunked' under forward-mode differentiation, takes 'reference'"):
             call(**x, backend="chunked")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version", "taken"), [("sm_90", "3.6", True), ("sm_80", "3.6", False), ("sm_90", "3.9", False)]
+)
+def test_auto_takes_kernels_only_where_their_tests_were_seen_to_pass(gpu, version, taken, monkeypatch):
+    monkeypatch.setattr(dispatch, "_gpu", lambda _: gpu)
+    monkeypatch.setattr(dispatch, "_triton", lambda: version)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda _: "")
+    lacks = dispatch.why_not_triton_unasked(SimpleNamespace(device=torch.device("cuda")))
+    assert taken == (lacks == "")
+    assert taken or f"not seen to pass on {gpu}, Triton {version}" in lacks

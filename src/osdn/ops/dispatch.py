@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import get_args
 
@@ -73,12 +74,30 @@ def choose(q: Tensor, backend: str) -> Choice:
 
 
 def why_not_triton_unasked(q: Tensor) -> str:
-    """Why "auto" does not take the kernels; empty where it does."""
+    """Why "auto" does not take the kernels; empty where it does: where their tests were seen to pass, and nowhere else.
+
+    What compiles is not therefore right: with other versions or GPUs some configs were wrong (docs/kernels.md).
+    """
     if lacks := why_not_triton(q):
         return lacks
-    if q.device.type == "cuda":
-        return "the kernels' tests have yet to pass on a GPU (`make gpu-test`): ask for them by name, backend='triton'"
+    if q.device.type == "cuda" and (seen := f"{_gpu(q.device)}, Triton {_triton()}") not in SEEN_TO_PASS:
+        return f"the kernels' tests were not seen to pass on {seen} (`make gpu-test`); backend='triton' takes them"
     return ""
+
+
+SEEN_TO_PASS = {"sm_90, Triton 3.6"}
+
+
+@cache
+def _gpu(device: torch.device) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@cache
+def _triton() -> str:
+    return ".".join(importlib.import_module("triton").__version__.split(".")[:2])
 
 
 def why_not_triton(q: Tensor) -> str:
