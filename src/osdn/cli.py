@@ -7,11 +7,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from osdn.bench.__main__ import Config as Bench
 from osdn.compare.config import Experiment, RunError
+from osdn.recipes import RECIPES
+from osdn.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    Recipe = TrainConfig
+else:
+    Recipe = tyro.conf.OmitArgPrefixes[
+        tyro.extras.subcommand_type_from_defaults(
+            {name: recipe() for name, recipe in RECIPES.items()},
+            descriptions={name: recipe.__doc__ for name, recipe in RECIPES.items()},
+            prefix_names=False,
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,22 @@ class Compare:
         compare(experiment, out=self.out, workers=self.workers, checkpoint_every=self.checkpoint_every)
 
 
-SUBCOMMANDS: dict[str, Callable[..., Compare | Bench]] = {"compare": Compare, "bench": Bench}
+@dataclass(frozen=True)
+class Train:
+    """Train a language model on text by a recipe, whose every field can be overridden.
+
+    A run that was stopped, in whatever way, goes on with the same command. On several GPUs: torchrun --nproc-per-node 8
+    -m osdn.cli train RECIPE."""
+
+    recipe: Recipe
+
+    def run(self) -> None:
+        from osdn.train import train
+
+        train(self.recipe)
+
+
+SUBCOMMANDS: dict[str, Callable[..., Compare | Bench | Train]] = {"compare": Compare, "bench": Bench, "train": Train}
 
 
 def main(arguments: list[str] | None = None) -> int:
