@@ -31,8 +31,9 @@ def latest(out: Path, stamp: str, warn: Warn) -> Path | None:
     One that is damaged is set aside with a warning, and the one before is taken. Raises RunError where all were, and
     for one that belongs to another run or was not written by `osdn train`; these are left where they are.
     """
-    found = sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
-    for path in found:
+    found = _steps(out)
+    for step in reversed(found):
+        path = out / f"checkpoint-{step}"
         try:
             manifest = _read_manifest(path)
             if manifest["stamp"] != stamp:
@@ -49,12 +50,16 @@ def latest(out: Path, stamp: str, warn: Warn) -> Path | None:
 
 def prune(out: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints. One that is half deleted is no longer called one."""
-    steps = sorted(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*[0-9]"))
-    for step in steps[:-keep]:
+    for step in _steps(out)[:-keep]:
         old = out / "checkpoint.old"
         shutil.rmtree(old, ignore_errors=True)
         (out / f"checkpoint-{step}").replace(old)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _steps(out: Path) -> list[int]:
+    names = (path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class TrainConfig:
             raise ValueError(f"streams: got {self.streams}, takes a multiple of the number of processes, {processes}")
         rows = self.batch_size // processes
         if rows % self.micro_batch:
-            takes = f"a divisor of the {rows} rows that each of {processes} processes takes a step"
+            takes = f"takes a divisor of the {rows} rows that each of {processes} processes takes a step"
             raise ValueError(f"micro_batch: got {self.micro_batch}, {takes}")
         return rows // self.micro_batch
 

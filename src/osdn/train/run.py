@@ -88,7 +88,9 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     callbacks: list[Any] = [ShowProgress(console, config.tokens_per_step)]
     step = 0 if checkpoint is None else int(checkpoint.name.partition("-")[2])
     if rank == 0:
-        callbacks.append(TensorBoardCallback(SummaryWriter(out / "tensorboard", purge_step=step)))
+        board = TensorBoardCallback(SummaryWriter(out / "tensorboard", purge_step=step))
+        board.logging_dir = str(out / "tensorboard")  # for the evaluation at the end, when that writer is closed
+        callbacks.append(board)
     trainer = OSDNTrainer(
         config=config,
         out=out,
@@ -212,6 +214,7 @@ def _conclude(trainer: OSDNTrainer, task: Task, identity: dict[str, Any], say: C
     """Evaluate, save the model, continue a held-out text, and write results.json last."""
     config, out, main = trainer.config, trainer.out, trainer.is_world_process_zero()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     results = {
         "stamp": trainer.stamp,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -226,7 +229,8 @@ def _conclude(trainer: OSDNTrainer, task: Task, identity: dict[str, Any], say: C
         "tokens_per_second": history[-1]["tokens_per_second"] if history else None,
     }
     if task.held_out:
-        loss, unigram = trainer.evaluate()["eval_loss"], unigram_entropy(task.held_out)
+        loss = evaluated[config.steps] if config.steps in evaluated else trainer.evaluate()["eval_loss"]
+        unigram = unigram_entropy(task.held_out)
         results |= {"eval_loss": loss, "eval_bits": loss / math.log(2), "eval_unigram_entropy": unigram}
         say(f"held-out loss {loss:.4f} nats a token; the entropy of its unigrams is {unigram:.4f}")
     if config.fsdp:
