@@ -24,7 +24,7 @@ TOY = {
 @pytest.fixture
 def text(tmp_path):
     """A file of 40 documents, in which what comes next can be learned."""
-    words = ("alpha beta gamma delta epsilon zeta eta theta iota kappa").split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
     lines = [" ".join(words[(i * j) % 10] for j in range(3 + i % 9)) for i in range(40)]
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(json.dumps({"text": line}) for line in lines))

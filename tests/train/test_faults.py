@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on from the last whole checkpoint, with the same losses to the last bit."""
+"""Whatever ends a run, the same command goes on from the last whole checkpoint, with the same losses to the bit."""
 
 import json
 import shutil
@@ -59,8 +59,8 @@ def same(results, other):
 
 @pytest.mark.parametrize("at", [9, 28])
 def test_kill_9_and_the_same_command(toy, console, uninterrupted, at, tmp_path):
-    """The fsyncs: config.json, then for each checkpoint its 8 files, progress.json among them twice, the manifest and two
-    directories. The 9th is within the first checkpoint, the 28th within the third."""
+    """The fsyncs: config.json, then for each checkpoint its 8 files, progress.json among them twice, the manifest and
+    two directories. The 9th is within the first checkpoint, the 28th within the third."""
     config = toy("killed", streams=2, micro_batch=2)
     done = train_apart(config, kill_at=at)
     assert done.returncode == -9, done.stderr

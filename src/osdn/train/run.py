@@ -156,7 +156,6 @@ def _arguments(config: TrainConfig, out: Path, accumulation: int) -> TrainingArg
         output_dir=str(out),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch,
-        per_device_eval_batch_size=config.micro_batch,
         gradient_accumulation_steps=accumulation,
         learning_rate=config.lr,
         lr_scheduler_type="cosine_with_min_lr",
@@ -175,8 +174,6 @@ def _arguments(config: TrainConfig, out: Path, accumulation: int) -> TrainingArg
         save_steps=config.save_every,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every or None,
-        prediction_loss_only=True,
-        label_names=["labels"],  # by default the model's shift_labels too, and no loss where that is not given
         report_to="wandb" if config.wandb else "none",
         disable_tqdm=True,
         ignore_data_skip=True,  # PackedRows begins at its place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -17,5 +18,7 @@ def load_sharded(model: nn.Module, checkpoint: Path) -> None:
     Raises RuntimeError where a parameter of the model is not in the checkpoint.
     """
     state = {"model": model.state_dict()}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint / _FOLDER), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
+        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint / _FOLDER), no_dist=True)
     model.load_state_dict(state["model"])

@@ -3,6 +3,7 @@ data, checkpoints that are whole or not there, and a refusal to train unsharded 
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from osdn.compare.config import RunError
 from osdn.compare.store import write_json
+from osdn.data.mqar import IGNORE
 from osdn.data.packed import PackedRows, Position, collate
 from osdn.nn.decay import decayed_names
 from osdn.train.checkpoint import prune, seal
@@ -77,6 +79,30 @@ class OSDNTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.last_loss = torch.where(loss.isfinite(), loss, self.last_loss.to(loss.device))
         return self.last_loss
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss of all labels in the held-out rows, whatever the batches and processes they are dealt to.
+
+        Trainer's own is a mean of means over batches, in which some rows stand twice where they do not divide.
+        """
+        rows, size, world = eval_dataset or self.eval_dataset, self.config.micro_batch, self.args.world_size
+        own = rows[self.args.process_index :: world]
+        total = torch.zeros(2, dtype=torch.float64)
+        self.model.eval()
+        for i in range(0, math.ceil(len(rows) / world), size):
+            # Under FSDP every process takes part in every call, also one whose rows are used up.
+            batch = {k: x.to(self.args.device) for k, x in collate(own[i : i + size] or rows[:1]).items()}
+            loss = self.model(**batch, num_items_in_batch=torch.tensor(1)).loss
+            if own[i : i + size]:
+                total += torch.tensor([loss, batch["labels"][:, 1:].ne(IGNORE).sum()], dtype=torch.float64)
+        loss, labels = sum(gather_object([total])).tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / labels}
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs.pop("epoch", None)
