@@ -70,6 +70,10 @@ def test_every_document_once_an_epoch_in_a_new_order(documents):
     other, _ = one_epoch(documents, seed=2)
     assert other != found
     assert sorted(other[:5]) == sorted(found[:5])  # the same block, shuffled within itself
+    ended = b"".join(pieces(islice(packed(documents, shuffle=23), 150))).split(b"\0")
+    first, second = ended[:23], ended[23:46]
+    assert first != second
+    assert sorted(first) == sorted(second) == sorted(want)
 
 
 def test_labels_and_positions(documents):

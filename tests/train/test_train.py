@@ -218,9 +218,8 @@ def test_golden_losses(toy, console, preset):
 def test_falls_below_the_unigrams_of_real_text(toy, console):
     """The sources of Python's standard library. No model that ignores the context gets below the entropy of the
     held-out bytes themselves."""
-    size = {"hidden_size": 64, "num_heads": 1, "head_dim": 32, "intermediate_size": 128}
-    shape = {"size": size, "context": 128, "batch_size": 8, "micro_batch": 8, "shuffle": 1000}
-    config = toy(data=(), held_out=0.1, steps=100, warmup_steps=10, save_every=100, eval_sequences=64, **shape)
+    shape = {"size": {}, "context": 128, "batch_size": 8, "micro_batch": 8, "shuffle": 1000, "lr": 5e-3}
+    config = toy(data=(), held_out=0.1, steps=100, warmup_steps=10, save_every=100, eval_sequences=32, **shape)
     results = train(config, console=console)
     assert results["eval_loss"] < results["eval_unigram_entropy"] - 0.1
 
@@ -236,7 +235,6 @@ def test_falls_below_the_unigrams_of_real_text(toy, console):
         ("--fsdp", "fsdp: got one process, takes several GPUs under torchrun"),
         ("--held-out 0.1 --context 9999999", "held_out: got less than a row of 9999999 tokens"),
         ("--steps 0", "steps: got 0, takes a number >= 1"),
-        ("--wandb", "wandb: got True, but it is not installed"),
     ],
 )
 def test_a_bad_request_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -249,6 +247,12 @@ def test_a_bad_request_is_one_line(arguments, message, capsys, tmp_path, monkeyp
     assert status == 2
     assert message in " ".join(error.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_wandb_that_is_not_installed(toy, console, monkeypatch):
+    monkeypatch.setattr("osdn.train.run.find_spec", lambda name: None)  # noqa: ARG005
+    with pytest.raises(ValueError, match=r"^wandb: got True, but it is not installed; takes `pip install wandb`"):
+        train(toy(wandb=True), console=console)
 
 
 def test_help_names_every_field(capsys):

@@ -96,15 +96,17 @@ def held_out_rows(
 ) -> list[Row]:
     """At most `rows` whole rows of the documents that `is_held_out` at `share`, in the order they are read.
 
-    So that they come from many documents, each gives at most its part of rows * context tokens: of as many parts as
-    there are documents, or rows.
+    So that they come from many documents, each gives at most its part of rows * context tokens, from its middle: of as
+    many parts as there are documents, or rows.
     """
     row, found = _Row(context), list[Row]()
     texts = (text for text in _texts(documents.source, documents) if is_held_out(text, share))
     first = list(islice(texts, rows))
     most = math.ceil(rows * context / max(1, len(first)))
     for text in chain(first, texts):
-        ids = encode(tokenizer, text)[:most]
+        ids = encode(tokenizer, text)
+        begin = max(0, len(ids) - most) // 2
+        ids = ids[begin : begin + most]
         while ids and len(found) < rows:
             ids = ids[row.fill(ids) :]
             if row.is_full:

@@ -20,6 +20,7 @@ def tiny_text_cpu() -> TrainConfig:
         preset="osdn-apf-tiny",
         held_out=0.1,
         context=256,
+        streams=16,  # every row of a batch from a document of its own: they are longer than a batch
         steps=200,
         batch_size=16,
         micro_batch=16,

@@ -44,8 +44,8 @@ class TrainConfig:
     shuffle: int = 1000
     """Documents in a block; documents are shuffled within their block, anew in every epoch."""
     streams: int = 1
-    """Parts the documents are dealt to; row i of a batch comes from part i modulo streams. A multiple of the number of
-    processes, whose number then changes neither the batches nor the position in the data."""
+    """Parts the documents are dealt to; row i of a batch comes from part i modulo streams, so that long documents do
+    not fill a batch. A multiple of the number of processes, which then changes neither batches nor position."""
     prefetch: bool = False
     """Read and tokenise in a process beside each training process."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -66,7 +68,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         return results
     progress: dict[str, Any] = {"positions": {}, "skipped": 0, "last_loss": 0.0, "files": task.documents.sizes}
     if checkpoint is not None:
-        progress = read_json(checkpoint / PROGRESS, set(progress), say) or progress
+        progress = json.loads((checkpoint / PROGRESS).read_bytes())
         say(f"{out}: going on from {checkpoint.name}")
         if progress["files"] != task.documents.sizes:
             say("note: files of data have other sizes than before; it goes on with what they hold now")
@@ -204,6 +206,7 @@ def _finish_from(trainer: OSDNTrainer, checkpoint: Path) -> None:
         load_sharded(trainer.model, checkpoint)
     else:
         trainer.model.load_state_dict(OSDNForCausalLM.from_pretrained(checkpoint).state_dict())
+    trainer.model.to(trainer.args.device)
     trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
 
 
@@ -230,14 +233,16 @@ def _conclude(trainer: OSDNTrainer, task: Task, identity: dict[str, Any], say: C
         unigram = unigram_entropy(task.held_out)
         results |= {"eval_loss": loss, "eval_bits": loss / math.log(2), "eval_unigram_entropy": unigram}
         say(f"held-out loss {loss:.4f} nats a token; the entropy of its unigrams is {unigram:.4f}")
-    if config.fsdp:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     part = out / "model.part"
     if main:
         shutil.rmtree(part, ignore_errors=True)
-    trainer.save_model(str(part))
-    if main:
+    if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(part))
         (part / "training_args.bin").unlink(missing_ok=True)
+    elif main:
+        trainer.model.save_pretrained(part)
+    if main:
         task.tokenizer.save_pretrained(part)
         shutil.rmtree(out / "model", ignore_errors=True)
         seal(part, out / "model", trainer.stamp)
