@@ -179,6 +179,17 @@ def test_a_full_disk(toy, console):
     same(train(config, console=console), whole)
 
 
+def test_a_disk_that_is_full_at_the_end(toy, console):
+    """All steps are done, and the model cannot be written: only that is left to be done."""
+    config = toy()
+    whole = train(config, console=console)
+    (config.out / "results.json").unlink()
+    done = train_apart(config, largest_file=50_000)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"{config.out / 'model'}: cannot be written (")
+    same(train(config, console=console), whole)
+
+
 def test_a_bad_shard_on_the_way_keeps_what_was_saved(toy, console, tmp_path):
     lines = "\n".join(json.dumps({"text": f"document {i} " * 9}) for i in range(40))
     (tmp_path / "shard-0.jsonl").write_text(lines)

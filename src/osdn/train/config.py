@@ -36,7 +36,7 @@ class TrainConfig:
     eval_data: tuple[str, ...] = ()
     """Files to evaluate on, as in data. None: a share of data, see held_out."""
     held_out: float = 0.0
-    """Share of the documents of data, chosen by the hash of their text, to evaluate on and never to train on."""
+    """Share of the documents of data, chosen by the hash of their text, never to be trained on, for evaluation."""
     tokenizer: str = "bytes"
     """bytes (a token is a byte, 0 closes a document), or the path or name of a Hugging Face tokenizer."""
     context: int = 256

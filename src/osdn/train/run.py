@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -82,7 +83,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         context=config.context,
         shuffle=config.shuffle,
         seed=config.seed,
-        held_out=0.0 if config.eval_data else config.held_out,
+        held_out=config.held_out,
         streams=config.streams,
         own=range(rank, config.streams, processes),
         positions={int(stream): position for stream, position in progress["positions"].items()},
@@ -240,12 +241,15 @@ def _conclude(trainer: OSDNTrainer, task: Task, identity: dict[str, Any], say: C
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(part))
         (part / "training_args.bin").unlink(missing_ok=True)
-    elif main:
-        trainer.model.save_pretrained(part)
     if main:
-        task.tokenizer.save_pretrained(part)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        seal(part, out / "model", trainer.stamp)
+        try:
+            if not part.exists():
+                trainer.model.save_pretrained(part)
+            task.tokenizer.save_pretrained(part)
+            shutil.rmtree(out / "model", ignore_errors=True)
+            seal(part, out / "model", trainer.stamp)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{out / 'model'}: cannot be written ({error}); the checkpoints are intact") from error
         if config.sample_tokens and task.held_out:
             say(_sample(out / "model", task, config))
         write_json(out / "results.json", results)
