@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: env demo test aot bench gpu-test gpu-bench clean
+.PHONY: env demo test train-smoke aot bench gpu-test gpu-bench clean
 
 env: $(STAMP)
 
@@ -27,6 +27,11 @@ test: env
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	tools/check_wheel.sh $(BIN)/python
+
+# A language model on the standard library's sources, or on DATA="PATH...": trained, evaluated on held-out text, and
+# continuing some of it. A run that was stopped goes on; delete runs/smoke to repeat one.
+train-smoke: env
+	$(BIN)/osdn train tiny_text_cpu --out runs/smoke $(if $(DATA),--data $(DATA))
 
 # Every kernel in every config, for GPUs that need not be here; `make test` compiles one config per kernel and decay.
 aot: env

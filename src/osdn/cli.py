@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import tyro
 
@@ -18,7 +18,20 @@ from osdn.convert import Convert
 from osdn.diagnostics.config import Diagnose
 from osdn.evals.config import Evaluation
 from osdn.generate import Generate
+from osdn.recipes import RECIPES
 from osdn.theory.config import Theory
+from osdn.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    Recipe = TrainConfig
+else:
+    Recipe = tyro.conf.OmitArgPrefixes[
+        tyro.extras.subcommand_type_from_defaults(
+            {name: recipe() for name, recipe in RECIPES.items()},
+            descriptions={name: recipe.__doc__ for name, recipe in RECIPES.items()},
+            prefix_names=False,
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,21 @@ class Compare:
         )
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train a language model on text by a recipe, whose every field can be overridden.
+
+    A run that was stopped, in whatever way, goes on with the same command. On several GPUs: torchrun --nproc-per-node 8
+    -m osdn.cli train RECIPE."""
+
+    recipe: Recipe
+
+    def run(self) -> None:
+        from osdn.train import train
+
+        train(self.recipe)
+
+
 class Command(Protocol):
     """A subcommand's config."""
 
@@ -66,6 +94,7 @@ SUBCOMMANDS: dict[str, Callable[..., Command]] = {
     "compare": Compare,
     "diagnose": Diagnose,
     "theory": Theory,
+    "train": Train,
     "convert": Convert,
     "generate": Generate,
     "eval": Evaluation,

@@ -42,7 +42,7 @@ def compare(
     from osdn.compare.provenance import provenance
     from osdn.compare.report import Summary
     from osdn.compare.runner import run_jobs
-    from osdn.compare.store import read_json, write_atomic, write_json
+    from osdn.compare.store import claim, read_json, write_atomic, write_json
     from osdn.compare.train import Job, model_config, recall_task
     from osdn.data import ByteText
 
@@ -70,14 +70,7 @@ def compare(
     identity = experiment.identity(digest)
     stamp = fingerprint(identity)
     out = out or Path("runs") / f"{experiment.task}-{stamp}"
-    config = out / "config.json"
-    if (before := read_json(config, set(), note)) is None:
-        write_json(config, identity)
-    elif before != identity:
-        raise ValueError(
-            f"out: got {out}, a run of another config ({_differences(before, identity)}); takes a new path"
-        )
-
+    claim(out, identity, note)
     jobs = [
         Job(experiment, m, s, out, stamp, checkpoint_every) for m in experiment.models for s in range(experiment.seeds)
     ]
@@ -165,9 +158,3 @@ def grid(
     write_atomic(out / "grid.md", "\n".join(tables).encode())
     (console or Console()).print(f"the tables of both settings are in {out / 'grid.md'}", soft_wrap=True)
     return contents
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What a user may have changed, old value first."""
-    names = [name for name in now | before if before.get(name) != now.get(name)]
-    return "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} here" for name in names)

@@ -18,7 +18,7 @@ from osdn.compare.config import CONTROLS, Experiment
 
 Result = dict[str, Any]
 Path = tuple[str, ...]
-_COLORS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLORS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _LINES = ("-", "--", ":")
 _FEW = 4  # models that fit a terminal side by side, and a figure with every seed drawn
 
@@ -276,7 +276,7 @@ class Summary:
         what = f"recall accuracy at {e.num_pairs} pairs" if self.mqar else "loss, nats a byte"
         for i, model in enumerate(e.models):
             aside = (i - (len(e.models) - 1) / 2) / max(1, len(e.models) / _FEW)  # keeps bars of equal height apart
-            color, line = _COLORS[i % len(_COLORS)], _LINES[i // len(_COLORS) % len(_LINES)]
+            color, line = COLORS[i % len(COLORS)], _LINES[i // len(COLORS) % len(_LINES)]
             runs = self.runs[model]
             at = [point["step"] for point in runs[0]["history"]]
             curve = [Values(tuple(run["history"][j][self.key] for run in runs)) for j in range(len(at))]
@@ -303,19 +303,19 @@ class Summary:
                 floor = 0.5 / (e.eval_sequences * e.num_pairs)
                 score = Values(tuple(max(1 - x, floor) for x in score.each))
             _bars(size, [runs[0]["state_bytes"] * 1.001**aside], [score], color, "")
-        _label(steps, "training steps", f"held-out {what}")
+        label(steps, "training steps", f"held-out {what}")
         if self.mqar:
-            _label(parts, "pairs in the sequence", "recall accuracy after training")
+            label(parts, "pairs in the sequence", "recall accuracy after training")
             parts.set_xticks(list(e.eval_pairs))
             size.set_yscale("log")
-            _label(size, "recurrent state, bytes a sequence", f"recall error at {e.num_pairs} pairs")
+            label(size, "recurrent state, bytes a sequence", f"recall error at {e.num_pairs} pairs")
         else:
-            _label(parts, "", "loss after training, nats a byte")
+            label(parts, "", "loss after training, nats a byte")
             parts.set_xticks([0, 1], ["AR-hit: bigram seen\nbefore in the context", "all other bytes"])
             parts.set_xlim(-0.5, 1.5)
-            _label(size, "recurrent state, bytes a sequence", what)
+            label(size, "recurrent state, bytes a sequence", what)
         if e.eval_lengths:
-            _label(axes[2], f"tokens in the sequence, trained at {e.seq_len}", what)
+            label(axes[2], f"tokens in the sequence, trained at {e.seq_len}", what)
             axes[2].set_xscale("log")
             axes[2].set_xticks([e.seq_len, *(e.seq_len * m for m in e.eval_lengths)])
             axes[2].xaxis.set_major_formatter("{x:.0f}")
@@ -341,7 +341,7 @@ def _bars(axes: Axes, x: Sequence[float], values: Sequence[Values], color: str, 
     axes.errorbar(x, means, yerr=[low, high], color=color, marker="o", markersize=5, capsize=3, linestyle=line)
 
 
-def _label(axes: Axes, x: str, y: str) -> None:
+def label(axes: Axes, x: str, y: str) -> None:
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -48,9 +48,25 @@ def read_json(path: Path, required: set[str], warn: Warn) -> dict[str, Any] | No
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # what a truncated or overwritten file gives
-        _set_aside(path, error, warn)
+        set_aside(path, error, warn)
         return None
     return value
+
+
+def claim(out: Path, identity: dict[str, Any], warn: Warn) -> None:
+    """Make `out` the run directory of `identity`, written to config.json. Raises ValueError where it is another's."""
+    config = out / "config.json"
+    if (before := read_json(config, set(), warn)) is None:
+        write_json(config, identity)
+    elif before != identity:
+        changes = differences(before, identity)
+        raise ValueError(f"out: got {out}, a run of another config ({changes}); takes a new path")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What a user may have changed, old value first."""
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    return "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} here" for name in names)
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -76,7 +92,7 @@ def read_checkpoint(path: Path, stamp: str, warn: Warn) -> dict[str, Any] | None
             assert isinstance(state, dict)
             return state
         except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-            _set_aside(candidate, error, warn)
+            set_aside(candidate, error, warn)
     return None
 
 
@@ -84,7 +100,8 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.name}.previous")
 
 
-def _set_aside(path: Path, error: Exception, warn: Warn) -> None:
+def set_aside(path: Path, error: Exception, warn: Warn) -> None:
+    """Rename what cannot be used to `<path>.damaged-<n>`, and say so."""
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1

@@ -25,6 +25,7 @@ from osdn.diagnostics.residual import residual_ratio
 from osdn.models import OSDNConfig, OSDNForCausalLM
 from osdn.models.configuration import MIXERS
 from osdn.nn import PreconditionerOptions
+from osdn.nn.decay import parameter_groups
 
 _RULE = {field.name for field in fields(PreconditionerOptions)}
 _MIXER = {"allow_neg_eigval", "conv_size", "expand_v", "head_dim", "num_heads", "output_gate", "state_decay"}
@@ -100,14 +101,6 @@ def build(experiment: Experiment, name: str, seed: int) -> OSDNForCausalLM:
             torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             model._init_weights(module)
     return model
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """For an optimizer: decay for matrices and convolutions, none for d0, A_log, dt_bias, biases and norms."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim >= 2 and name.rpartition(".")[2] != "d0"]
-    others = [p for name, p in named if p.ndim < 2 or name.rpartition(".")[2] == "d0"]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def train(job: Job, report: Report, stop: Callable[[], bool]) -> bool:

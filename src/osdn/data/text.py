@@ -39,9 +39,9 @@ class ByteText:
 
         Raises ValueError, naming the path, for one that cannot be read, holds no bytes, or stands on both sides.
         """
-        files = _files("data", data) if data else _standard_library()
+        files = find_files("data", data) if data else standard_library()
         if eval_data:
-            held = _files("eval_data", eval_data)
+            held = find_files("eval_data", eval_data)
             if both := sorted(files.keys() & held.keys()):
                 raise ValueError(f"eval_data: got {both[0]}, which is in data too; takes files that are not trained on")
         elif len(files) == 1:
@@ -93,7 +93,7 @@ def read_bytes(argument: str, path: Path, most: int) -> bytes:
 
     Raises ValueError naming `argument` and the path where that cannot be read, or holds nothing or more than `most`.
     """
-    files = _files(argument, [path])
+    files = find_files(argument, [path])
     if (size := sum(file.stat().st_size for file in files)) > most:
         raise ValueError(f"{argument}: got {path} of {size:,} bytes, takes at most {most:,}; a sample of it will do")
     return _read(argument, files).tobytes()
@@ -115,7 +115,7 @@ def ar_hits(ids: Tensor) -> Tensor:
     return hits
 
 
-def _files(argument: str, paths: Sequence[Path]) -> dict[Path, str]:
+def find_files(argument: str, paths: Sequence[Path]) -> dict[Path, str]:
     """Resolved file -> its name relative to the path it was given by, sorted."""
     found: dict[Path, str] = {}
     for path in paths:
@@ -136,7 +136,7 @@ def _files(argument: str, paths: Sequence[Path]) -> dict[Path, str]:
     return dict(sorted(found.items()))
 
 
-def _standard_library() -> dict[Path, str]:
+def standard_library() -> dict[Path, str]:
     root = Path(sysconfig.get_path("stdlib"))
     files = {f: f.relative_to(root).as_posix() for f in _walk(root, _NOT_LIBRARY) if f.suffix == ".py"}
     if not files:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from osdn.data.text import _files as find_files
+from osdn.data.text import find_files
 
 
 def read_documents(argument: str, paths: Sequence[Path]) -> tuple[list[str], dict[str, Any]]:

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from osdn.bench.report import row
-from osdn.compare.report import _COLORS as COLORS
-from osdn.compare.report import _label as label
+from osdn.compare.report import COLORS, label
 from osdn.compare.store import write_atomic
 from osdn.evals.results import Metric
 

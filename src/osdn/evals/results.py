@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from osdn.compare import _differences as differences
 from osdn.compare.config import RunError
+from osdn.compare.store import differences
 
 Record = dict[str, Any]
 Metric = dict[str, Any]

@@ -1,0 +1,122 @@
+"""Documents to train on: files, or a dataset by name, read one after the other by `datasets`, which keeps the place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from glob import glob
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+
+from osdn.data.text import find_files, standard_library
+
+_GLOB = re.compile(r"[*?\[]")
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class Documents(NamedTuple):
+    """source: an iterable dataset whose examples hold a text in `text_field`. name: what it is, without its place on
+    the disk. sizes: a digest of the sizes of its files, empty for a dataset by name."""
+
+    source: datasets.IterableDataset
+    text_field: str
+    name: str
+    sizes: str
+
+
+def open_documents(
+    argument: str, data: Sequence[str], *, subset: str | None = None, split: str = "train", text_field: str = "text"
+) -> Documents:
+    """The documents of `data`, not yet read.
+
+    data: files, directories and globs; a `.jsonl` file holds a document a line and a `.parquet` file one a row, under
+        `text_field`, any other file is one document of UTF-8 text. Or one name of a dataset, of which `subset` and
+        `split` are streamed. Empty: the sources of Python's standard library, without its tests.
+
+    Raises ValueError, naming `argument`: for what is missing, empty or cannot be read, now or, where the content is at
+    fault (not UTF-8, not JSON, no such field), when it is come to; then with the file and the line.
+    """
+    if len(data) == 1 and not Path(data[0]).exists() and _NAME.fullmatch(data[0]) and not Path(data[0]).suffix:
+        try:
+            source = datasets.load_dataset(data[0], subset, split=split, streaming=True)
+        except Exception as error:  # whatever `datasets`, the hub or the network have to say
+            reason = str(error).strip().partition("\n")[0]
+            takes = "files, globs, or the name of a dataset that can be loaded"
+            raise ValueError(f"{argument}: got {data[0]!r} ({reason}); takes {takes}") from error
+        return Documents(source, text_field, "/".join(filter(None, (data[0], subset, split))), "")
+
+    if data:
+        paths = []
+        for name in data:
+            is_glob = _GLOB.search(name) and not Path(name).exists()
+            found = sorted(glob(name, recursive=True)) if is_glob else [name]  # noqa: PTH207, also absolute ones
+            if not found:
+                raise ValueError(f"{argument}: got {name!r}, which matches nothing; takes files and globs")
+            paths += [Path(path) for path in found]
+        files = find_files(argument, paths)
+    else:
+        files = standard_library()
+    digest = _digest(sorted(files.values()))
+    sizes = _digest([f"{name} {path.stat().st_size}" for path, name in sorted(files.items(), key=lambda x: x[1])])
+    arguments = {"files": [str(f) for f in files], "argument": argument, "text_field": text_field}
+    source = datasets.IterableDataset.from_generator(_read, gen_kwargs=arguments)
+    return Documents(source, text_field, f"{len(files)} file(s) {digest}", sizes)
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def _read(files: list[str], argument: str, text_field: str) -> Iterator[dict[str, str]]:
+    readers: dict[str, Callable[[Path, str], Iterator[str]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+    for file in files:
+        path = Path(file)
+        try:
+            for text in readers.get(path.suffix, _text)(path, text_field):
+                yield {text_field: text}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{argument}: got {file}, not UTF-8 at byte {error.start}; takes UTF-8 text") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{argument}: got {file}{error}") from None
+
+
+def _text(path: Path, text_field: str) -> Iterator[str]:  # noqa: ARG001
+    yield path.read_bytes().decode()
+
+
+def _jsonl(path: Path, text_field: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f", line {number}: not JSON ({error.msg}); takes an object a line") from None
+            if not isinstance(document, dict) or not isinstance(document.get(text_field), str):
+                raise ValueError(f", line {number}: no text in field {text_field!r}; --text-field names another")
+            yield document[text_field]
+
+
+def _parquet(path: Path, text_field: str) -> Iterator[str]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        file = ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f", not a whole Parquet file ({str(error).splitlines()[0]})") from None
+    if text_field not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)
+        raise ValueError(f", no column {text_field!r} among {names}; --text-field names another")
+    if file.metadata.num_rows == 0:
+        raise ValueError(", without rows; takes files with text")
+    for batch in file.iter_batches(batch_size=1000, columns=[text_field]):
+        for row, text in enumerate(batch.column(0).to_pylist()):
+            if not isinstance(text, str):
+                raise ValueError(f", row {row} of a batch: {text!r} in column {text_field!r}; takes text")
+            yield text
