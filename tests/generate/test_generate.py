@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
 from tokenizers.decoders import WordPiece as Spaces
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -163,6 +164,21 @@ def test_a_tokenizer_of_bytes(tmp_path):
     assert "".join(shown) == text
 
 
+def test_byte_fallback(tmp_path):
+    """Decodes bytes that are not whole characters yet to one mark each, those of whole ones before them included."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁": 257}
+    tokenizer = Tokenizer(BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = Sequence([Replace("▁", " "), ByteFallback(), Fuse()])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    codec, text, shown = Codec.load(tmp_path, 258), "終わりまで 🙂🙂 é naïve" * 3, []
+    stream = TextStream(codec, shown.append)
+    for byte in [0, *text.encode()]:
+        stream.put(torch.tensor([257 if byte == 32 else byte + 1]))
+        assert text.startswith("".join(shown))
+    stream.end()
+    assert "".join(shown) == text
+
+
 def test_the_stream_shows_what_is_whole_at_once():
     shown = []
     stream = TextStream(BYTES, shown.append)
@@ -296,8 +312,10 @@ def test_a_hybrid_generates_too(tmp_path):
                 p.normal_(std=0.5)
     osdn.precondition_model(model, {"feedback": "beta_aware"}).save_pretrained(tmp_path)
     loaded, prompts = load_model(tmp_path), ["ab", "a longer prompt"]
-    texts = continue_texts(loaded, BYTES, prompts, Generate(model=None, max_new_tokens=8))
-    assert texts == [greedy(model, prompt, 8) for prompt in prompts]
+    # Also where a single column of padding would be left: transformers takes that for no padding.
+    for batch in (prompts, ["ab", "a"], ["x", "y" * 1026]):
+        texts = continue_texts(loaded, BYTES, batch, Generate(model=None, max_new_tokens=8))
+        assert texts == [greedy(model, prompt, 8) for prompt in batch]
     # A padded prefill, by what it leaves: the short row sees its own positions.
     rows = [BYTES.encode(prompt) for prompt in prompts]
     x = torch.tensor([[0] * 13 + rows[0], rows[1]])

@@ -88,6 +88,7 @@ class TextStream(BaseStreamer):
     def __init__(self, codec: Codec, write: Callable[[str], None]) -> None:
         self.codec, self.write = codec, write
         self.tokens: list[int] | None = None
+        self.whole = [0]  # numbers of tokens that ended with a whole character
         self.shown = 0
 
     def put(self, value: Tensor) -> None:
@@ -96,12 +97,21 @@ class TextStream(BaseStreamer):
             return
         self.tokens += value.flatten().tolist()
         text = self.codec.decode(self.tokens)
-        held = int(text.endswith("\N{REPLACEMENT CHARACTER}"))  # perhaps the first bytes of a character
-        self.write(text[self.shown : len(text) - held])
-        self.shown = len(text) - held
-        if len(self.tokens) > 16:
-            self.tokens = self.tokens[-8:]
-            self.shown = len(self.codec.decode(self.tokens)) - held
+        # Perhaps the first bytes of a character, which has up to four. Byte fallback decodes a run of bytes that does
+        # not end with a whole character to marks alone, one a byte, also where characters have been shown.
+        marks = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        if marks == 0:
+            self.whole.append(len(self.tokens))
+        given_up = len(self.tokens) - self.whole[-1] > 3
+        shown = max(self.shown, len(text) - (min(marks, 3) if given_up else marks))
+        self.write(text[self.shown : shown])
+        self.shown = shown
+        if len(self.tokens) > 12 and (marks == 0 or given_up):
+            cut = len(self.tokens) - 6
+            cut = max((n for n in self.whole if 0 < n <= cut), default=cut)
+            self.tokens = self.tokens[cut:]
+            self.whole = [n - cut for n in self.whole if n > cut] or [0]
+            self.shown += len(self.codec.decode(self.tokens)) - len(text)
 
     def end(self) -> None:
         self.write(self.codec.decode(self.tokens or [])[self.shown :])
@@ -121,6 +131,8 @@ def continue_texts(
     """
     rows = [codec.encode(prompt) for prompt in prompts]
     T = max(map(len, rows))
+    if min(map(len, rows)) < T and (T - 1) % _PREFILL == 1:
+        T += 1  # no part of one token in `prefill`: transformers' hybrids take a single column for no padding
     tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=model.device)
     torch.manual_seed(options.seed)
