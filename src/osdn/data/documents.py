@@ -10,6 +10,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from osdn.compare.config import first_line
 from osdn.data.text import find_files, read_text, standard_library
 
 if TYPE_CHECKING:
@@ -47,9 +48,8 @@ def open_documents(
         try:
             source = datasets.load_dataset(data[0], subset, split=split, streaming=True)
         except Exception as error:  # whatever `datasets`, the hub or the network have to say
-            reason = str(error).strip().partition("\n")[0]
             takes = "files, globs, or the name of a dataset that can be loaded"
-            raise ValueError(f"{argument}: got {data[0]!r} ({reason}); takes {takes}") from error
+            raise ValueError(f"{argument}: got {data[0]!r} ({first_line(error)}); takes {takes}") from error
         return Documents(source, text_field, "/".join(filter(None, (data[0], subset, split))), "")
 
     files = find_documents(argument, data)
@@ -134,7 +134,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
     try:
         file = ParquetFile(path)
     except ArrowInvalid as error:
-        raise ValueError(f", not a whole Parquet file ({str(error).splitlines()[0]})") from None
+        raise ValueError(f", not a whole Parquet file ({first_line(error)})") from None
     if text_field not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise ValueError(f", no column {text_field!r} among {names}; --text-field names another")

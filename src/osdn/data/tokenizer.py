@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from osdn.compare.config import first_line
 from osdn.data.text import VOCAB_SIZE
 
 _FILES = ("tokenizer*", "vocab.json", "vocab.txt", "spiece.model")  # also those of slow tokenizers
@@ -87,4 +88,4 @@ def _read(problem: Callable[[str], str], name: str | Path, **options: Any) -> Pr
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # whatever damaged or foreign files, the Hub or the network have to say
-        raise ValueError(problem(str(error).strip().partition("\n")[0])) from error
+        raise ValueError(problem(first_line(error))) from error

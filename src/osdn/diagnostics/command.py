@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from osdn.compare.config import Experiment, RunError
+from osdn.compare.config import Experiment, RunError, first_line
 from osdn.compare.provenance import provenance
 from osdn.compare.store import read_json, write_atomic, write_json
 from osdn.compare.train import build
@@ -26,7 +26,7 @@ from osdn.data.tokenizer import checkpoint_tokenizer, encode, has_tokenizer
 from osdn.diagnostics.config import Diagnose
 from osdn.diagnostics.measure import diagnose
 from osdn.diagnostics.page import page
-from osdn.models.checkpoint import first_line, load_model
+from osdn.models.checkpoint import load_model
 
 Encode = Callable[[bytes], Tensor]
 _MOST_BYTES = 1 << 26  # of one task; all of it is read, and only some blocks are used

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from osdn.compare.config import RunError
+from osdn.compare.config import RunError, first_line
 from osdn.models.hybrid import FIELD, load_preconditioned
 from osdn.models.modeling import OSDNForCausalLM
 
@@ -79,11 +79,6 @@ def load_whole(
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise RunError(f"{path}: the weights are not those of {type(model).__name__}: {problems[0]}{more}")
     return model.eval()
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextmanager
