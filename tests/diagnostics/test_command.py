@@ -143,12 +143,12 @@ def test_a_tokenizer_of_ones_own(tmp_path, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("nowhere --data {text}", "checkpoint: got nowhere, takes a directory with config.json"),
+        ("nowhere --data {text}", "nowhere: does not exist, takes the directory of a checkpoint"),
         (
             "nowhere/jobs/osdn-seed0.pt --data {text}",
             "checkpoint: got nowhere/jobs/osdn-seed0.pt, which does not exist",
         ),
-        ("{broken} --data {text}", "checkpoint: got {broken}, which cannot be loaded ("),
+        ("{broken} --data {text}", "{broken}: weights cannot be read ("),
         ("{model} --data nowhere.txt", "data: got nowhere.txt, which does not exist"),
         ("{model} --data {empty}", "data: got {empty}, which is empty"),
         ("{model} --data {text} --seq-len 9999", "data: got '{text}' of 601 tokens, takes at least seq_len = 9999"),
@@ -158,8 +158,11 @@ def test_a_tokenizer_of_ones_own(tmp_path, text):
         ("{model} --data mqar:200x1 --seq-len 800", "vocab_size: got 256, takes at least 402"),
         ("{model} --data", "data: got nothing, takes paths or mqar:<pairs>x<passes>"),
         ("{model} --data {text} --sequences 0", "sequences: got 0, takes an int >= 1"),
-        ("{model} --data {text} --tokenizer nowhere", "tokenizer: got nowhere, which cannot be loaded ("),
-        ("{small} --data {text}", "tokenizer: got none, and {small} holds none; takes a directory, or bytes"),
+        (
+            "{model} --data {text} --tokenizer nowhere",
+            "tokenizer: got nowhere, without a tokenizer's files; takes",
+        ),
+        ("{small} --data {text}", "tokenizer: got none for a vocabulary of 20, takes a directory with one; bytes need"),
         ("{small} --data {text} --tokenizer bytes", "tokenizer: got bytes for a vocabulary of 20"),
         ("{model} --data {text} --out {text}", "out: got {text}, which cannot be written to (File exists)"),
         ("{model} --data {text} --out {text}/x", "out: got {text}/x, which cannot be written to (Not a directory)"),
