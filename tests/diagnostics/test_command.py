@@ -7,7 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
+import osdn
 from osdn import OSDNConfig, OSDNForCausalLM
 from osdn.cli import main
 from osdn.compare import Experiment, compare
@@ -112,6 +115,33 @@ def test_a_job_of_compare_gives_compares_own_ratio(tmp_path, capsys):
     job.write_bytes(job.read_bytes()[:-500])
     assert main(["diagnose", str(job), "--data", "mqar:2x1", *flags]) == 2
     assert f"checkpoint: got {job}, which cannot be loaded (" in capsys.readouterr().err
+
+
+def test_a_converted_hybrid(tmp_path, text):
+    """The d that was saved, not a new one, and its bounds."""
+    sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    dims = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    kinds = {"layer_types": ["linear_attention", "full_attention"]}
+    torch.manual_seed(0)
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads, **dims, **kinds))
+    osdn.precondition_model(model, {"eta": 0.0})
+    torch.nn.init.constant_(model.model.layers[0].linear_attn.d0, 2.0)
+    model.save_pretrained(tmp_path / "m")
+    assert diagnosed(tmp_path / "m", "--data", text, "--out", tmp_path / "out") == 0
+    [layer] = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["tasks"]["text.txt"]["layers"]
+    assert layer["name"] == "model.layers.0.linear_attn"
+    assert len(layer["heads"]) == 4
+    assert (layer["all"]["d"], layer["all"]["at_max"]) == (2.0, 1.0)
+
+
+def test_missing_weights_are_not_made_up(tmp_path, text, capsys):
+    path = save(tmp_path / "m") / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.attn.d0"]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert diagnosed(tmp_path / "m", "--data", text, "--out", tmp_path / "out") == 2
+    assert "model.layers.1.attn.d0 is missing" in capsys.readouterr().err
 
 
 def test_without_a_preconditioner(tmp_path, text, capsys):

@@ -15,6 +15,7 @@ from osdn.theory.population import (
     box_truncation,
     descend,
     distance,
+    first_below,
     gap_at_800,
     loss,
     product_bounds,
@@ -114,6 +115,11 @@ def test_steps_to():
     run = Descent(torch.tensor([[0.0, 0.0], [-3.0, -1.0], [-7.0, -2.0]]), torch.ones(2, 2))
     assert run.steps_to(1e-5).tolist() == [2.0, math.inf]
     assert run.steps_to(1e-3).tolist() == [1.0, math.inf]
+
+
+def test_where_a_bound_begins_to_say_something():
+    C_traj, t = torch.tensor([[4.0, 9.0], [3.0, 9.0], [2.0, 9.0]]), torch.arange(1, 4)[:, None]
+    assert first_below(C_traj, t).tolist() == [3.0, math.inf]
 
 
 def test_an_error_of_zero_stays():

@@ -43,7 +43,8 @@ def test_other_verdicts():
     assert not at_most("x", [1.0, 2.0], 1.9, "").agrees
     assert at_least("x", [1.0, 2.0], 1.0, "").agrees
     assert not at_least("x", [1.0, 2.0], 1.1, "").agrees
-    assert not at_most("x", [math.nan], 1.0, "").agrees
+    assert not at_most("x", [0.5, math.nan], 1.0, "").agrees
+    assert not at_least("x", [2.0, math.nan], 1.0, "").agrees
     assert not estimated("x", [1.0, 1.0], 1.2, 0.1, "").agrees
     assert estimated("x", [1.0, 1.2], 1.3, 0.0, "").agrees
 

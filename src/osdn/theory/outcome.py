@@ -98,15 +98,17 @@ def estimated(quantity: str, each: Numbers, expected: float, floor: float, why: 
 
 
 def at_most(quantity: str, each: Numbers, bound: float, why: str, expected: str = "") -> Row:
-    """The largest of `each` at most `bound`."""
+    """The largest of `each` at most `bound`; a NaN among them agrees with nothing."""
     values = floats(each)
-    return Row(quantity, expected or f"≤ {bound:.4g}", values, max(values), -math.inf, bound, why)
+    largest = float(torch.tensor(values, dtype=torch.float64).amax())
+    return Row(quantity, expected or f"≤ {bound:.4g}", values, largest, -math.inf, bound, why)
 
 
 def at_least(quantity: str, each: Numbers, bound: float, why: str, expected: str = "") -> Row:
-    """The smallest of `each` at least `bound`."""
+    """The smallest of `each` at least `bound`; a NaN among them agrees with nothing."""
     values = floats(each)
-    return Row(quantity, expected or f"≥ {bound:.4g}", values, min(values), bound, math.inf, why)
+    smallest = float(torch.tensor(values, dtype=torch.float64).amin())
+    return Row(quantity, expected or f"≥ {bound:.4g}", values, smallest, bound, math.inf, why)
 
 
 def floats(values: Numbers) -> tuple[float, ...]:

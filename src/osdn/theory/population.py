@@ -108,6 +108,12 @@ def product_bounds(covariance: Tensor, run: Descent, diagonal: bool) -> tuple[Te
     return L * C_h, C_h * (run.sigma.log().cumsum(0) / t).exp()
 
 
+def first_below(C_traj: Tensor, t: Tensor) -> Tensor:
+    """`[N]`, the first step from which on C_traj / t < 1 says something; infinite where there is none. t: `[T, 1]`."""
+    below = C_traj < t
+    return torch.where(below.any(0), 1.0 + below.int().argmax(0), torch.inf)
+
+
 def rotation(draws: Draws, K: int) -> Tensor:
     """Random orthogonal matrices `[N, K, K]`."""
     return torch.linalg.qr(draws.randn(K, K))[0]
@@ -166,7 +172,7 @@ def steps_to_the_optimum() -> Outcome:
     ]
     C, C_traj = product_bounds(straight[100.0], runs["diagonal D"][100.0], diagonal=True)
     t = torch.arange(1, 1501)
-    first = int((C_traj[:, 0] < t).int().argmax()) + 1
+    first = int(first_below(C_traj[:, :1], t[:, None]))
     lines: Lines = {name: (t, each[100.0].log_gap[1:1501, 0].clamp(min=-40)) for name, each in runs.items()}
     lines["bound, C of the trajectory"] = (t[first - 1 :], (t * (C_traj[:, 0] / t).log10())[first - 1 :].clamp(min=-40))
     counts: Lines = {name: (KAPPAS, [float(x.median()) for x in each.values()]) for name, each in steps.items()}
@@ -215,7 +221,7 @@ def _bounds(covariances: dict[float, Tensor], runs: dict[float, Descent], *, dia
         most = smoothness(covariance, diagonal)[1] / 2 * distance(covariance)
         total.append((run.surrogate.sum(0) / most).max())
         if diagonal and 10 <= kappa <= 100:
-            first = 1 + (C_traj < t).int().argmax(0)
+            first = first_below(C_traj, t)
             why = "below 1 within the run of 1500 steps"
             rows.append(at_most(f"bound, diagonal D, κ = {kappa:g}: informative from step", first, 1500, why))
     why = "an inequality; slack for rounding"
