@@ -333,6 +333,17 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
     assert json.loads(job.result.read_text())["losses"] == json.loads(whole.result.read_text())["losses"]
 
 
+@pytest.mark.parametrize(("field", "value"), [("stamp", "another"), ("model", "deltanet"), ("seed", 1)])
+def test_a_result_of_another_run_is_not_taken(field, value, tmp_path, console):
+    """As when jobs/ was copied from a run of other steps."""
+    first = run(tmp_path, console, ONE)
+    result = tmp_path / "jobs" / "osdn-apf-seed0.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {field: value, "losses": [9.0]}))
+    second = run(tmp_path, console, ONE)
+    assert f"(it belongs to another {field}); set aside as osdn-apf-seed0.json.damaged-1" in said(console)
+    assert second["runs"][0]["losses"] == first["runs"][0]["losses"]
+
+
 def test_a_damaged_result_is_made_again(tmp_path, console):
     first = run(tmp_path, console, ONE)
     result = tmp_path / "jobs" / "osdn-apf-seed0.json"

@@ -76,7 +76,7 @@ def compare(
     ]
 
     def read(job: Job) -> dict[str, Any] | None:
-        return read_json(job.result, _RESULT, note)
+        return read_json(job.result, _RESULT, note, {"stamp": stamp, "model": job.model, "seed": job.seed})
 
     done = [job for job in jobs if read(job) is not None]
     todo = sorted((job for job in jobs if job not in done), key=lambda job: job.seed)

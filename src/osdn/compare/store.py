@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path, required: set[str], warn: Warn) -> dict[str, Any] | None:
-    """The object in `path`; None where there is none, or where it had to be set aside."""
+def read_json(
+    path: Path, required: set[str], warn: Warn, expected: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The object in `path`; None where there is none, or where it had to be set aside: damaged, without a `required`
+    field, or with another value than the `expected` one.
+    """
     try:
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict) or required - value.keys():
             raise ValueError("fields are missing")
+        if other := [name for name, x in (expected or {}).items() if value.get(name) != x]:
+            raise ValueError(f"it belongs to another {', '.join(other)}")
     except FileNotFoundError:
         return None
     except OSError as error:
