@@ -303,6 +303,15 @@ def test_refusals():
         osdn.precondition_model(model)
 
 
+def test_another_model_of_the_same_config_is_left_alone():
+    for model in (make_host("qwen3_5"), osdn.OSDNForCausalLM(osdn.OSDNConfig.preset("gdn-tiny", vocab_size=53))):
+        other = type(model)(model.config)
+        before = other.config.to_dict()
+        osdn.precondition_model(model)
+        assert other.config.to_dict() == before != model.config.to_dict()
+        assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
+
+
 def test_what_is_no_preconditioned_checkpoint(tmp_path):
     make_host("qwen3_5").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"path: got \S+, takes a model saved after osdn.precondition_model"):

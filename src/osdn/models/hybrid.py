@@ -5,6 +5,7 @@ Letters as in `osdn.nn.layer`. A host is a layer of transformers that mixes toke
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -175,6 +176,11 @@ def find_hosts(model: nn.Module) -> dict[str, Any]:
 
 
 def _replace(model: PreTrainedModel, hosts: dict[str, Any], options: PreconditionerOptions) -> None:
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)  # models made from one config share it, and only this one is to change
+    for module in model.modules():
+        if (shared := copies.get(id(getattr(module, "config", None)))) is not None:
+            module.config = shared
     config = model.config.get_text_config()
     for name, host in hosts.items():
         if isinstance(host, OnlineScaledDeltaNet):
