@@ -28,10 +28,13 @@ test: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	tools/check_wheel.sh $(BIN)/python
 
-# A language model on the standard library's sources, or on DATA="PATH...": trained, evaluated on held-out text, and
-# continuing some of it. A run that was stopped goes on; delete runs/smoke to repeat one.
+# A language model on the standard library's sources, or on DATA="PATH...": trained, evaluated on the documents that were
+# left out, and going on with a text. A run that was stopped goes on; delete runs/smoke to repeat one.
 train-smoke: env
 	$(BIN)/osdn train tiny_text_cpu --out runs/smoke $(if $(DATA),--data $(DATA))
+	$(BIN)/osdn eval runs/smoke/model --out runs/smoke/eval --tasks perplexity --held-out 0.1 --limit 32 \
+	--block-size 1024 --bucket-size 256 --text $(or $(DATA),"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')/*.py")
+	$(BIN)/osdn generate runs/smoke/model --prompt "    def __init__(self" --max-new-tokens 200 --temperature 0.7
 
 # Every kernel in every config, for GPUs that need not be here; `make test` compiles one config per kernel and decay.
 aot: env

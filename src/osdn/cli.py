@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import tyro
 
@@ -54,6 +54,7 @@ class Compare:
     """Processes of one thread each; 0 or 1 trains in this one."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    goes_on: ClassVar = True
 
     def run(self) -> None:
         from osdn.compare import compare, grid
@@ -76,6 +77,7 @@ class Train:
     -m osdn.cli train RECIPE."""
 
     recipe: Recipe
+    goes_on: ClassVar = True
 
     def run(self) -> None:
         from osdn.train import train
@@ -84,7 +86,7 @@ class Train:
 
 
 class Command(Protocol):
-    """A subcommand's config."""
+    """A subcommand's config. Where it has a true `goes_on`, the same command goes on with what was interrupted."""
 
     def run(self) -> None:
         """Raises ValueError or RunError for a request that cannot be met."""
@@ -111,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "--harness" in arguments:  # what stands behind it is another program's
         at = arguments.index("--harness")
         arguments = [*arguments[:at], f"--harness={shlex.join(arguments[at + 1 :])}"]
+    command: Command | None = None
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             SUBCOMMANDS,
@@ -121,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command.run()
     except KeyboardInterrupt:
-        print("osdn: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
+        hint = "; the same command goes on from the last checkpoints" if getattr(command, "goes_on", False) else ""
+        print(f"osdn: interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, RunError) as error:
         print(f"osdn: {error}", file=sys.stderr)

@@ -57,8 +57,11 @@ def test_the_standard_library_is_the_default():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a.txt": b"ok \xff"}, r"a.txt, not UTF-8 at byte 3; takes UTF-8 text$"),
-        ({"a.jsonl": b'{"text": "x"}\n{"text": "\xff"}\n'}, r"a.jsonl, not UTF-8 at byte 24; takes"),
+        ({"a.txt": b"ok \xff"}, r"a.txt, which is not UTF-8 at byte 3; takes UTF-8$"),
+        (
+            {"a.jsonl": b'{"text": "x"}\n{"text": "\xff"}\n'},
+            r"a.jsonl, line 2: not UTF-8 at byte 10 of it; takes",
+        ),
         ({"a.jsonl": b'{"text": "x"}\n{"te'}, r"a.jsonl, line 2: not JSON \(Unterminated string"),
         ({"a.jsonl": b'{"body": "x"}\n'}, r"a.jsonl, line 1: no text in field 'text'; --text-field names another$"),
         ({"a.jsonl": b"[1]\n"}, r"a.jsonl, line 1: no text in field 'text'"),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from osdn.data.documents import open_documents
+from osdn.data.documents import is_held_out, open_documents
 from osdn.data.mqar import IGNORE
-from osdn.data.packed import PackedRows, collate, held_out_rows, is_held_out, unigram_entropy
-from osdn.data.tokens import byte_tokenizer, encode, load_tokenizer
+from osdn.data.packed import PackedRows, collate, held_out_rows, unigram_entropy
+from osdn.data.tokenizer import byte_tokenizer, encode
 
 BYTES = byte_tokenizer()
 
@@ -40,23 +40,6 @@ def one_epoch(documents, **options):
     total = sum(len(encode(BYTES, example["text"])) for example in documents.source)
     rows = list(islice(packed(documents, **options), total // 16))
     return b"".join(pieces(rows)).split(b"\0"), rows
-
-
-def test_bytes_are_tokens(tmp_path):
-    text = "naïve Āā\n\t€ <|endoftext|> \x7f"
-    assert encode(BYTES, text) == [*text.encode(), 0]
-    assert (len(BYTES), BYTES.eos_token_id) == (256, 0)
-    BYTES.save_pretrained(tmp_path)
-    again = load_tokenizer(str(tmp_path))
-    assert encode(again, text) == [*text.encode(), 0]
-    assert again.decode(encode(again, text), skip_special_tokens=True) == text
-    assert sorted(BYTES.get_vocab().values()) == list(range(256))
-
-
-@pytest.mark.parametrize("name", ["/nowhere/at/all", ""])
-def test_no_such_tokenizer(name):
-    with pytest.raises(ValueError, match=r"^tokenizer: got '.*takes bytes, or a path or name$"):
-        load_tokenizer(name)
 
 
 def test_every_document_once_an_epoch_in_a_new_order(documents):

@@ -4,42 +4,88 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from osdn.data.tokenizer import byte_tokenizer, load_tokenizer
+from osdn.data.tokenizer import byte_tokenizer, checkpoint_tokenizer, encode, load_tokenizer
 
 BYTES = byte_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Bytes, written and read again in each way."""
+    path = tmp_path_factory.mktemp("bytes")
+    BYTES.save_pretrained(path)
+    return AutoTokenizer.from_pretrained(path), checkpoint_tokenizer(path, 256), load_tokenizer(str(path))
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @settings(max_examples=200, deadline=None)
-def test_tokens_are_the_bytes_of_utf8(text):
-    ids = BYTES(text)["input_ids"]
-    assert ids == list(text.encode())
-    assert BYTES.decode(ids) == text
+def test_tokens_are_the_bytes_of_utf8(saved, text):
+    for tokenizer in (BYTES, *saved):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == list(text.encode())
+        assert tokenizer.decode(ids) == text
+        assert encode(tokenizer, text) == [*ids, 0]
 
 
-def test_no_text_is_taken_for_the_end_of_a_document():
+@given(st.binary(max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_bytes_that_are_no_text_are_marked_as_python_marks_them(content):
+    assert BYTES.decode(list(content)) == content.decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", ["aĀ<0x00>", "naïve Āā\n\t€ <|endoftext|> \x7f", "Āé\0\n"])
+def test_no_text_is_taken_for_the_end_of_a_document(saved, text):
     # "Ā" is what the tokenizer's own files call byte 0.
-    assert BYTES("aĀ<0x00>")["input_ids"] == list("aĀ<0x00>".encode())
-    assert BYTES.eos_token_id == BYTES.pad_token_id == 0
-    assert BYTES.decode([97, 0, 98], skip_special_tokens=True) == "ab"
+    for tokenizer in (BYTES, *saved):
+        assert tokenizer(text)["input_ids"] == list(text.encode())
+        assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+        assert tokenizer.decode([97, 0, 98], skip_special_tokens=True) == "ab"
+        assert len(tokenizer) == 256
+        assert sorted(tokenizer.get_vocab().values()) == list(range(256))
 
 
-def test_it_survives_being_saved(tmp_path):
-    BYTES.save_pretrained(tmp_path)
-    for tokenizer in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, 256)):
-        assert tokenizer("Āé\0\n")["input_ids"] == list("Āé\0\n".encode())
-        assert tokenizer.eos_token_id == 0
+def words(**special):
+    model = WordLevel({"a": 0, "?": 1, "end": 300}, unk_token="?")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="?", **special)
 
 
-def test_load(tmp_path):
-    assert load_tokenizer(tmp_path, 256)("é")["input_ids"] == [195, 169]
+def test_a_document_without_an_end():
+    assert encode(words(), "a") == [0]
+    assert encode(words(eos_token="end"), "a") == [0, 300]
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", ""])
+def test_no_such_tokenizer(name):
+    with pytest.raises(ValueError, match=r"^tokenizer: got '.*takes bytes, or a path or name$"):
+        load_tokenizer(name)
+
+
+def test_training_needs_an_end_of_text(tmp_path):
+    words().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^tokenizer: got '.*', which has no end-of-text token; takes one with eos_"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_of_a_checkpoint(tmp_path):
+    assert checkpoint_tokenizer(tmp_path, 256)("é")["input_ids"] == [195, 169]
+    assert checkpoint_tokenizer(tmp_path / "job.pt", 512)("é")["input_ids"] == [195, 169]
     with pytest.raises(ValueError, match=re.escape(f"got {tmp_path}, without tokenizer files and with 255 tokens")):
-        load_tokenizer(tmp_path, 255)
+        checkpoint_tokenizer(tmp_path, 255)
     BYTES.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=re.escape("tokenizer has 256 tokens; takes at most the model's 53")):
-        load_tokenizer(tmp_path, 53)
+        checkpoint_tokenizer(tmp_path, 53)
+    words().save_pretrained(tmp_path)  # three tokens, the last of which is number 300
+    with pytest.raises(ValueError, match=re.escape("tokenizer has 301 tokens; takes at most the model's 300")):
+        checkpoint_tokenizer(tmp_path, 300)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(ValueError, match=re.escape(f"got {tmp_path}, whose tokenizer cannot be read (")):
-        load_tokenizer(tmp_path, 256)
+        checkpoint_tokenizer(tmp_path, 256)
+
+
+def test_a_tokenizer_without_tokenizer_json(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert checkpoint_tokenizer(tmp_path, 384)("a")["input_ids"] == [100, 1]

@@ -7,10 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from osdn import OSDNConfig, OSDNForCausalLM
+from osdn import OSDNConfig, OSDNForCausalLM, precondition_model
 from osdn.cli import main
 from osdn.compare import Experiment, compare
+from osdn.data.tokenizer import byte_tokenizer
+from osdn.diagnostics.command import load_any, load_tasks
+from osdn.diagnostics.config import Diagnose
 
 FILES = {"diagnosis.json", "heads.csv", "positions.csv", "index.html"}
 
@@ -140,15 +144,40 @@ def test_a_tokenizer_of_ones_own(tmp_path, text):
     assert diagnosed(model, *flags) == 0
 
 
+def test_a_saved_tokenizer_of_bytes_gives_the_bytes(tmp_path, checkpoint):
+    """As `osdn train` saves it; byte 0 closes every document."""
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        (tmp_path / "data" / name).write_text(f"Größe <|endoftext|> {name} " * 9)
+    byte_tokenizer().save_pretrained(tmp_path / "bytes")
+    model, found = load_any(checkpoint), []
+    for tokenizer in (None, "bytes", str(tmp_path / "bytes")):
+        config = Diagnose(checkpoint, (f"x={tmp_path / 'data'}",), tokenizer=tokenizer, seq_len=32)
+        found.append(load_tasks(config, model)["x"])
+    assert (found[0] == 0).any()
+    assert all(torch.equal(ids, found[0]) for ids in found)
+
+
+def test_an_upgraded_hybrid_is_measured_with_its_preconditioner(tmp_path, text):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    host = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads))
+    precondition_model(host, {"d_init": 0.5, "eta": 0.0}).save_pretrained(tmp_path / "hybrid")
+    assert diagnosed(tmp_path / "hybrid", "--data", text, "--out", tmp_path / "out") == 0
+    layers = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["tasks"]["text.txt"]["layers"]
+    assert [layer["all"]["d"] for layer in layers] == pytest.approx([0.5] * 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("nowhere --data {text}", "checkpoint: got nowhere, takes a directory with config.json"),
+        ("nowhere --data {text}", "nowhere: does not exist, takes the directory of a checkpoint"),
         (
             "nowhere/jobs/osdn-seed0.pt --data {text}",
             "checkpoint: got nowhere/jobs/osdn-seed0.pt, which does not exist",
         ),
-        ("{broken} --data {text}", "checkpoint: got {broken}, which cannot be loaded ("),
+        ("{broken} --data {text}", "{broken}: weights cannot be read ("),
         ("{model} --data nowhere.txt", "data: got nowhere.txt, which does not exist"),
         ("{model} --data {empty}", "data: got {empty}, which is empty"),
         ("{model} --data {text} --seq-len 9999", "data: got '{text}' of 601 tokens, takes at least seq_len = 9999"),
@@ -158,8 +187,11 @@ def test_a_tokenizer_of_ones_own(tmp_path, text):
         ("{model} --data mqar:200x1 --seq-len 800", "vocab_size: got 256, takes at least 402"),
         ("{model} --data", "data: got nothing, takes paths or mqar:<pairs>x<passes>"),
         ("{model} --data {text} --sequences 0", "sequences: got 0, takes an int >= 1"),
-        ("{model} --data {text} --tokenizer nowhere", "tokenizer: got nowhere, which cannot be loaded ("),
-        ("{small} --data {text}", "tokenizer: got none, and {small} holds none; takes a directory, or bytes"),
+        (
+            "{model} --data {text} --tokenizer nowhere",
+            "tokenizer: got nowhere, without a tokenizer's files; takes",
+        ),
+        ("{small} --data {text}", "tokenizer: got none for a vocabulary of 20, takes a directory with one; bytes need"),
         ("{small} --data {text} --tokenizer bytes", "tokenizer: got bytes for a vocabulary of 20"),
         ("{model} --data {text} --out {text}", "out: got {text}, which cannot be written to (File exists)"),
         ("{model} --data {text} --out {text}/x", "out: got {text}/x, which cannot be written to (Not a directory)"),

@@ -4,9 +4,13 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
+import osdn
+from osdn.compare.config import RunError
 from osdn.data.tokenizer import byte_tokenizer
 from osdn.evals.checkpoint import Checkpoint
+from osdn.evals.harness import run_harness
 
 
 def test_open_and_load(save):
@@ -37,16 +41,19 @@ def test_tokens_tell_vocabularies_apart(save):
 
 
 def test_what_is_no_checkpoint(save, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"checkpoint: got {tmp_path}/none, which does not exist; takes")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/none: does not exist, takes the directory")):
         Checkpoint.open(tmp_path / "none")
-    with pytest.raises(ValueError, match=re.escape(f"checkpoint: got {tmp_path}, which has no config.json")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: not a checkpoint, there is no config.json")):
         Checkpoint.open(tmp_path)
     path = save()
     (path / "model.safetensors").rename(tmp_path / "away")
     with pytest.raises(ValueError, match="which has no weights; takes a directory that save_pretrained wrote"):
         Checkpoint.open(path)
     (tmp_path / "away").rename(path / "model.safetensors")
-    for config in ("{", '{"model_type": "nothing"}', '{"model_type": "osdn", "lower_bound": 1}'):
+    (path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=re.escape(f"{path}/config.json: cannot be read (")):
+        Checkpoint.open(path)
+    for config in ('{"model_type": "nothing"}', '{"model_type": "osdn", "lower_bound": 1}'):
         (path / "config.json").write_text(config)
         with pytest.raises(ValueError, match=re.escape(f"checkpoint: got {path}, whose config cannot be used (")):
             Checkpoint.open(path)
@@ -57,12 +64,36 @@ def test_weights_that_are_damaged_or_of_another_model(save):
     file = path / "model.safetensors"
     whole, weights = file.read_bytes(), load_file(file)
     file.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=re.escape(f"checkpoint: got {path}, which cannot be loaded (")):
+    with pytest.raises(RunError, match=re.escape(f"{path}: weights cannot be read (")):
         Checkpoint.open(path).load("cpu", "auto")
     lost = "model.layers.1.attn.d0"
     save_file({name: w for name, w in weights.items() if name != lost}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=re.escape(f"which lacks 1 weights of its model, first {lost}")):
+    with pytest.raises(RunError, match=re.escape(f"the weights are not those of OSDNForCausalLM: {lost} is missing")):
         Checkpoint.open(path).load("cpu", "auto")
     file.write_bytes(whole)
     with pytest.raises(ValueError, match="device: got 'moon', which cannot be used"):
         Checkpoint.open(path).load("moon", "auto")
+
+
+def test_of_a_hybrid_the_preconditioner_is_evaluated_too(tmp_path):
+    """transformers' own loading leaves it out, with a warning; the harness loads so, and is refused."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    host = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads)).eval()
+    ids = torch.randint(256, (1, 40))
+    before = host(ids).logits
+    model = osdn.precondition_model(host, {"feedback": "beta_aware", "d_init": 0.5})
+    model.save_pretrained(tmp_path)
+    after = model(ids).logits
+    assert (after - before).abs().max() > 1e-4
+    loaded = Checkpoint.open(tmp_path).load("cpu", "auto")
+    assert torch.equal(loaded(ids).logits, after)
+    with pytest.raises(ValueError, match=re.escape(f"harness: got {tmp_path}, a hybrid that it would load without")):
+        run_harness(tmp_path, "--tasks x")
+    torch.manual_seed(0)
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=16, intermediate_size=8, num_attention_heads=2))
+    other.save_pretrained(tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file(weights | {"vision.weight": torch.ones(2)}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    assert Checkpoint.open(tmp_path / "other").load("cpu", "auto").num_parameters() == other.num_parameters()

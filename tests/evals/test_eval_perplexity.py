@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from osdn.data.tokenizer import byte_tokenizer
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.perplexity import Perplexity, token_losses
-from osdn.models.configuration import _MIXERS as MIXERS
+from osdn.models.configuration import MIXERS
 
 TINY = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -75,7 +75,7 @@ def test_other_models_of_transformers(name, tmp_path):
     torch.testing.assert_close(token_losses(model, tokens(), 16), whole(model, tokens()), rtol=1e-9, atol=1e-9)
     (tmp_path / "t").write_text("a" * 999)
     with pytest.raises(ValueError, match="block_size: needs 129 tokens, takes at most the 128 that"):
-        Perplexity(checkpoint, [tmp_path / "t"], block_size=129, bucket_size=9)
+        Perplexity(checkpoint, [str(tmp_path / "t")], block_size=129, bucket_size=9)
 
 
 def test_a_cache_that_restarts_is_refused(save):
@@ -93,7 +93,7 @@ def test_a_cache_that_restarts_is_refused(save):
 
 def test_buckets_and_hits_by_hand(save, text):
     checkpoint = Checkpoint.open(save())
-    task = Perplexity(checkpoint, [text], block_size=150, bucket_size=60, segment_size=40)
+    task = Perplexity(checkpoint, [str(text)], block_size=150, bucket_size=60, segment_size=40)
     model = checkpoint.load("cpu", "auto")
     stream = b"".join((text / name).read_bytes() + b"\0" for name in ("a.txt", "b.txt"))
     assert len(task) == len(stream) // 150 == 4
@@ -130,7 +130,7 @@ def test_buckets_and_hits_by_hand(save, text):
 
 def test_a_batch_changes_nothing(save, text):
     checkpoint = Checkpoint.open(save("os-kda"))
-    task = Perplexity(checkpoint, [text], block_size=150, bucket_size=60, segment_size=40)
+    task = Perplexity(checkpoint, [str(text)], block_size=150, bucket_size=60, segment_size=40)
     model = checkpoint.load("cpu", "auto")
     together, alone = task.score(model, [3, 0, 2, 1]), [task.score(model, [i])[0] for i in (3, 0, 2, 1)]
     for a, b in zip(together, alone, strict=True):
@@ -140,7 +140,7 @@ def test_a_batch_changes_nothing(save, text):
 
 
 def test_a_model_that_is_lost_has_an_infinite_perplexity(save, text):
-    task = Perplexity(Checkpoint.open(save()), [text], block_size=20, bucket_size=20)
+    task = Perplexity(Checkpoint.open(save()), [str(text)], block_size=20, bucket_size=20)
     record = {"losses": [19 * 800.0], "tokens": [19], "hit_loss": 0.0, "hits": 0}
     assert task.metrics([record, record])["perplexity"]["value"] == math.inf
 
@@ -152,20 +152,20 @@ def test_what_looks_like_a_special_token_is_text(save, tmp_path):
     checkpoint = Checkpoint.open(save())
     assert checkpoint.tokenizer("Ā")["input_ids"] == [0] != list("Ā".encode())
     (tmp_path / "t").write_text("abĀcd")
-    task = Perplexity(checkpoint, [tmp_path / "t"], block_size=7, bucket_size=7)
+    task = Perplexity(checkpoint, [str(tmp_path / "t")], block_size=7, bucket_size=7)
     assert task.blocks.tolist() == [[*"abĀcd".encode(), 0]]
 
 
 def test_limit_and_refusals(save, text):
     checkpoint = Checkpoint.open(save())
-    task = Perplexity(checkpoint, [text], block_size=150, bucket_size=60, limit=2)
+    task = Perplexity(checkpoint, [str(text)], block_size=150, bucket_size=60, limit=2)
     assert (len(task), task.cut) == (2, {"tokens_behind_the_last_block": 738 - 300})
     with pytest.raises(ValueError, match="block_size: got 739, takes 2 to 738, the tokens there are in text"):
-        Perplexity(checkpoint, [text], block_size=739)
+        Perplexity(checkpoint, [str(text)], block_size=739)
     with pytest.raises(ValueError, match="bucket_size: got 1, takes an int >= 2"):
-        Perplexity(checkpoint, [text], block_size=150, bucket_size=1)
+        Perplexity(checkpoint, [str(text)], block_size=150, bucket_size=1)
     (text / "c.bin").write_bytes(b"abc\xff")
     with pytest.raises(
         ValueError, match=re.escape(f"text: got {text}/c.bin, which is not UTF-8 at byte 3; takes UTF-8")
     ):
-        Perplexity(checkpoint, [text], block_size=150)
+        Perplexity(checkpoint, [str(text)], block_size=150)

@@ -36,6 +36,11 @@ class RunError(Exception):
     """Something the user can act on; one line, no traceback."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Models that differ in the mixer alone, trained from the same seeds on the same data.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from osdn.compare.config import RunError
+from osdn.compare.config import RunError, first_line
 
 Warn = Callable[[str], None]
 
@@ -106,5 +106,4 @@ def set_aside(path: Path, error: Exception, warn: Warn) -> None:
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
     path.replace(aside)
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    warn(f"{path} cannot be used ({reason}); set aside as {aside.name}")
+    warn(f"{path} cannot be used ({first_line(error)}); set aside as {aside.name}")

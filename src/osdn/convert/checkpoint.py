@@ -14,6 +14,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from osdn.compare.config import RunError
 from osdn.convert.fla import is_fla, translate
+from osdn.data.text import read_text
+from osdn.data.tokenizer import checkpoint_tokenizer
+from osdn.generate.text import Codec
 from osdn.models.checkpoint import is_preconditioned, load_whole, quiet, read_config
 from osdn.models.hybrid import find_hosts, precondition_model
 from osdn.models.modeling import OSDNForCausalLM
@@ -76,9 +79,8 @@ def _probe_tokens(source: Path, model: PreTrainedModel, probe: Path | None) -> T
     size = model.config.get_text_config().vocab_size
     if probe is None:
         return torch.randint(size, (1, _PROBE), generator=torch.Generator().manual_seed(0))
-    from osdn.generate.text import Codec, read_text
-
-    return torch.tensor([Codec.load(source, size).encode(read_text(probe))[:_PROBE]])
+    tokens = Codec(checkpoint_tokenizer(source, size)).encode(read_text("probe", probe))
+    return torch.tensor([tokens[:_PROBE]])
 
 
 @torch.no_grad()

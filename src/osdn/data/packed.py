@@ -6,7 +6,6 @@ A row is filled with one document after the other; what does not fit goes on in 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -19,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from osdn.data.documents import Documents
+from osdn.data.documents import Documents, is_held_out
 from osdn.data.mqar import IGNORE
-from osdn.data.tokens import encode
+from osdn.data.tokenizer import encode
 
 Row = dict[str, Tensor]
 Position = dict[str, Any]
@@ -114,11 +113,6 @@ def held_out_rows(
         if len(found) == rows:
             break
     return found
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """True for `share` of all texts, always the same ones: equal documents are never on both sides."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2.0**64
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

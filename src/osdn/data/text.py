@@ -99,6 +99,16 @@ def read_bytes(argument: str, path: Path, most: int) -> bytes:
     return _read(argument, files).tobytes()
 
 
+def read_text(argument: str, path: Path) -> str:
+    """Raises ValueError naming `argument` and the path where that cannot be read or is not UTF-8."""
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise _unreadable(argument, path, error) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{argument}: got {path}, which is not UTF-8 at byte {error.start}; takes UTF-8") from None
+
+
 def ar_hits(ids: Tensor) -> Tensor:
     """Zoology's AR-hit slice: the tokens that recall of the context can predict.
 

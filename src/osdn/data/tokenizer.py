@@ -1,23 +1,25 @@
-"""Bytes as a Hugging Face tokenizer, for checkpoints that come without one."""
+"""Tokenizers: one by name to train with, a checkpoint's own to use it with, and bytes where there is none."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from osdn.compare.config import first_line
 from osdn.data.text import VOCAB_SIZE
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_FILES = ("tokenizer*", "vocab.json", "vocab.txt", "spiece.model")  # also those of slow tokenizers
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token b is byte b of UTF-8; 0, which closes a document in `ByteText`, is end of text and padding.
+    """256 tokens: token b is byte b of UTF-8, and 0, which texts hardly have, is also end of text and padding.
 
-    No text is taken for the end-of-text token: every string comes back from `decode` as it was.
+    What is written like a special token is text: every string comes back from `decode` as it was.
     """
     letters = bytes_to_unicode()
     tokenizer = Tokenizer(models.BPE(vocab={letters[b]: b for b in range(VOCAB_SIZE)}, merges=[]))
@@ -28,27 +30,62 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(checkpoint: Path, vocab_size: int) -> Any:
-    """The checkpoint's own tokenizer, or bytes where it has none and `vocab_size` >= 256.
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer to train with, at a path or by its name on the Hub; "bytes" is `byte_tokenizer()`.
+
+    Raises ValueError where there is none, or where it has no end-of-text token.
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    takes = "takes bytes, or a path or name"
+    tokenizer = _read(lambda reason: f"tokenizer: got {name!r} ({reason}); {takes}", name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer: got {name!r}, which has no end-of-text token; takes one with eos_token")
+    return tokenizer
+
+
+def has_tokenizer(checkpoint: Path) -> bool:
+    """Whether there are files of a tokenizer in a directory."""
+    return checkpoint.is_dir() and any(any(checkpoint.glob(pattern)) for pattern in _FILES)
+
+
+def checkpoint_tokenizer(checkpoint: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's directory, or bytes where there is none and `vocab_size` >= 256.
 
     Raises ValueError, naming the checkpoint, for one that cannot be read, has more tokens than the model knows, or is
     missing beside a smaller vocabulary.
     """
-    if not any((checkpoint / name).exists() for name in _FILES):
+    if not has_tokenizer(checkpoint):
         if vocab_size < VOCAB_SIZE:
             raise ValueError(
                 f"checkpoint: got {checkpoint}, without tokenizer files and with {vocab_size} tokens; takes a "
                 f"tokenizer beside the model, or at least {VOCAB_SIZE} tokens, which are then bytes"
             )
         return byte_tokenizer()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except Exception as error:  # whatever damaged or foreign files lead it to
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"checkpoint: got {checkpoint}, whose tokenizer cannot be read ({reason})") from error
-    if len(tokenizer) > vocab_size:
+    tokenizer = _read(
+        lambda reason: f"checkpoint: got {checkpoint}, whose tokenizer cannot be read ({reason})",
+        checkpoint,
+        local_files_only=True,
+    )
+    if (size := 1 + max(tokenizer.get_vocab().values())) > vocab_size:
         raise ValueError(
-            f"checkpoint: got {checkpoint}, whose tokenizer has {len(tokenizer)} tokens; takes at most the model's "
-            f"{vocab_size}"
+            f"checkpoint: got {checkpoint}, whose tokenizer has {size} tokens; takes at most the model's {vocab_size}"
         )
     return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a document, closed by the end-of-text token where there is one.
+
+    No other special tokens are added, and what looks like one in the text is text.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def _read(problem: Callable[[str], str], name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Raises ValueError with what `problem` makes of a reason in one line."""
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # whatever damaged or foreign files, the Hub or the network have to say
+        raise ValueError(problem(first_line(error))) from error

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from osdn.compare.config import Experiment, RunError
+from osdn.compare.config import Experiment, RunError, first_line
 from osdn.compare.provenance import provenance
 from osdn.compare.store import read_json, write_atomic, write_json
 from osdn.compare.train import build
 from osdn.data import MQAR
-from osdn.data.text import read_bytes, spread_blocks
+from osdn.data.text import VOCAB_SIZE, read_bytes, spread_blocks
+from osdn.data.tokenizer import checkpoint_tokenizer, encode, has_tokenizer
 from osdn.diagnostics.config import Diagnose
 from osdn.diagnostics.measure import diagnose
 from osdn.diagnostics.page import page
+from osdn.models.checkpoint import load_model
 
 Encode = Callable[[bytes], Tensor]
 _MOST_BYTES = 1 << 26  # of one task; all of it is read, and only some blocks are used
@@ -38,7 +38,7 @@ def run(config: Diagnose) -> None:
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name}: got {value}, takes an int >= 1")
     _check_writable(config.out)
-    model = load_model(config.checkpoint)
+    model = load_any(config.checkpoint)
     tasks = load_tasks(config, model)
     steps = sum(-(-len(ids) // config.batch_size) for ids in tasks.values()) * -(-config.seq_len // config.chunk_size)
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -78,18 +78,9 @@ def _check_writable(out: Path) -> None:
         raise RunError(f"out: got {out}, which cannot be written to ({error.strerror}); takes a directory") from None
 
 
-def load_model(path: Path) -> nn.Module:
-    """A model saved by transformers, or the checkpoint of a job of `osdn compare`. Raises ValueError, naming it."""
-    if path.suffix == ".pt":
-        return _model_of_a_job(path)
-    if not (path / "config.json").is_file():
-        takes = "a directory with config.json, as save_pretrained writes it, or a .pt of an osdn compare run"
-        raise ValueError(f"checkpoint: got {path}, takes {takes}")
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint: got {path}, which cannot be loaded ({_line(error)})") from None
-    return model
+def load_any(path: Path) -> nn.Module:
+    """A model saved by transformers, or the checkpoint of a job of `osdn compare`. Raises ValueError or RunError."""
+    return _model_of_a_job(path) if path.suffix == ".pt" else load_model(path)
 
 
 def _model_of_a_job(path: Path) -> nn.Module:
@@ -107,23 +98,23 @@ def _model_of_a_job(path: Path) -> nn.Module:
     try:
         model.load_state_dict(torch.load(path, weights_only=True)["model"])
     except Exception as error:  # whatever damaged bytes lead torch.load to
-        raise ValueError(f"checkpoint: got {path}, which cannot be loaded ({_line(error)})") from None
+        raise ValueError(f"checkpoint: got {path}, which cannot be loaded ({first_line(error)})") from None
     return model
 
 
 def load_tasks(config: Diagnose, model: nn.Module) -> dict[str, Tensor]:
     """Name -> `[n, T]` token ids of every item of `data`. Raises ValueError, naming the item."""
     tasks: dict[str, Tensor] = {}
-    encode: Encode | None = None
-    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    to_ids: Encode | None = None
+    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     for item in config.data:
         name, _, source = item.rpartition("=")
         if match := re.fullmatch(r"mqar:(\d+)x(\d+)", source):
             task = MQAR(int(match[1]), config.seq_len, vocabulary, int(match[2]))
             ids = task.batch(config.sequences, seed=0, split="test")[0]
         else:
-            encode = encode or _encoder(config, vocabulary)
-            ids = _blocks(item, Path(source), encode, config.sequences, config.seq_len)
+            to_ids = to_ids or _encoder(config, vocabulary)
+            ids = _blocks(item, Path(source), to_ids, config.sequences, config.seq_len)
         name = name or (source if match else Path(source).name or source)
         if name in tasks:
             raise ValueError(f"data: got {name!r} twice, takes different names, as in 'name=path'")
@@ -136,33 +127,25 @@ def load_tasks(config: Diagnose, model: nn.Module) -> dict[str, Tensor]:
 def _encoder(config: Diagnose, vocabulary: int) -> Encode:
     """Bytes to token ids."""
     name = config.tokenizer
-    if name == "bytes" or (name is None and vocabulary == 256 and not _has_tokenizer(config.checkpoint)):
-        if vocabulary < 256:
-            raise ValueError(f"tokenizer: got bytes for a vocabulary of {vocabulary}, takes one of at least 256")
-        return lambda text: torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    if name is None and not _has_tokenizer(config.checkpoint):
-        raise ValueError(
-            f"tokenizer: got none, and {config.checkpoint} holds none; takes a directory, or bytes, where data is text"
-        )
     source = config.checkpoint if name is None else Path(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer: got {source}, which cannot be loaded ({_line(error)})") from None
+    if name == "bytes" or (name is None and not has_tokenizer(source)):
+        if vocabulary < VOCAB_SIZE:
+            takes = f"takes a directory with one; bytes need a vocabulary of {VOCAB_SIZE}"
+            raise ValueError(f"tokenizer: got {name or 'none'} for a vocabulary of {vocabulary}, {takes}")
+        return lambda text: torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    if not has_tokenizer(source):
+        raise ValueError(f"tokenizer: got {source}, without a tokenizer's files; takes a directory with them, or bytes")
+    tokenizer = checkpoint_tokenizer(source, vocabulary)
 
-    def encode(text: bytes) -> Tensor:
-        ids = tokenizer(text.decode(errors="replace").replace("\0", "\n"), add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
+    def ids(text: bytes) -> Tensor:
+        documents = text.decode(errors="replace").split("\0")[:-1]  # a byte 0 stands behind each
+        return torch.tensor([token for document in documents for token in encode(tokenizer, document)])
 
-    return encode
-
-
-def _has_tokenizer(checkpoint: Path) -> bool:
-    return checkpoint.is_dir() and any(checkpoint.glob("tokenizer*"))
+    return ids
 
 
-def _blocks(item: str, path: Path, encode: Encode, n: int, seq_len: int) -> Tensor:
-    ids = encode(read_bytes("data", path, _MOST_BYTES)).numpy()
+def _blocks(item: str, path: Path, to_ids: Encode, n: int, seq_len: int) -> Tensor:
+    ids = to_ids(read_bytes("data", path, _MOST_BYTES)).numpy()
     if len(ids) < seq_len:
         raise ValueError(f"data: got {item!r} of {len(ids)} tokens, takes at least seq_len = {seq_len}")
     return spread_blocks(ids, n, seq_len)
@@ -200,8 +183,3 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _line(error: Exception) -> str:
-    """The first line of a message."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

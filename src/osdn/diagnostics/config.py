@@ -20,7 +20,7 @@ class Diagnose:
     out: Path = Path("diagnosis")
     """Directory to write to; diagnosis.json, heads.csv, positions.csv and index.html in it are replaced."""
     tokenizer: str | None = None
-    """Directory of a tokenizer, or bytes; by default the checkpoint's own, or bytes where its vocabulary is 256."""
+    """Directory of a tokenizer, or bytes; by default the checkpoint's own, or bytes where it has none."""
     seq_len: int = 1024
     """Tokens of a sequence."""
     sequences: int = 16

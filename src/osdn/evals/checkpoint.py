@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from osdn.data.tokenizer import load_tokenizer
+from osdn.compare.config import first_line
+from osdn.data.tokenizer import checkpoint_tokenizer
+from osdn.models.checkpoint import load_model, read_config
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,7 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Raises ValueError, naming the path, where there is no model to load."""
-        if not (path / "config.json").is_file():
-            what = "which does not exist" if not path.exists() else "which has no config.json"
-            raise ValueError(f"checkpoint: got {path}, {what}; takes a directory that save_pretrained wrote")
+        fields = read_config(path)
         weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
         if not weights:
             raise ValueError(
@@ -40,14 +40,13 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
         except Exception as error:  # whatever a foreign or damaged config leads it to
-            raise ValueError(f"checkpoint: got {path}, whose config cannot be used ({_first_line(error)})") from error
-        fields = json.loads((path / "config.json").read_bytes())
+            raise ValueError(f"checkpoint: got {path}, whose config cannot be used ({first_line(error)})") from error
         fields.pop("auto_map", None)  # says where the code is, not what the model is
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
         for file in weights:
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-        return cls(path, config, load_tokenizer(path, config.get_text_config().vocab_size), digest.hexdigest())
+        return cls(path, config, checkpoint_tokenizer(path, config.get_text_config().vocab_size), digest.hexdigest())
 
     @property
     def name(self) -> str:
@@ -75,24 +74,11 @@ class Checkpoint:
             )
 
     def load(self, device: str, dtype: str) -> Any:
-        """The model, in evaluation mode. Raises ValueError where weights are missing, damaged or of other shapes."""
+        """The model, in evaluation mode, on a device. Raises as `load_model`, and ValueError for the device."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = load_model(self.path, dtype=dtype, any_kind=True)
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        except Exception as error:  # whatever damaged weights lead it to
-            raise ValueError(f"checkpoint: got {self.path}, which cannot be loaded ({_first_line(error)})") from error
-        if lost := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
-            raise ValueError(
-                f"checkpoint: got {self.path}, which lacks {len(lost)} weights of its model, first {lost[0]}"
-            )
-        try:
-            return model.to(device).eval()
+            return model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device: got {device!r}, which cannot be used ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(f"device: got {device!r}, which cannot be used ({first_line(error)})") from error

@@ -32,8 +32,12 @@ class Evaluation:
     export_auto_map: bool = False
     """Instead: let the checkpoint be loaded without `import osdn`, by trust_remote_code=True."""
 
-    text: tuple[Path, ...] = ()
-    """perplexity: UTF-8 text files, .jsonl files with a field `text`, or directories of such."""
+    text: tuple[str, ...] = ()
+    """perplexity: text, JSONL or Parquet files, as paths, globs or directories."""
+    text_field: str = "text"
+    """perplexity: field or column of JSONL and Parquet that holds the text."""
+    held_out: float = 1.0
+    """perplexity: take this share of the documents alone, that which osdn train --held-out leaves out."""
     block_size: int = 20_480
     """perplexity: tokens a block, which is read from an empty state."""
     bucket_size: int = 2_048
@@ -84,6 +88,8 @@ class Evaluation:
         for name in ("vocab_size", "seed", "limit"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name}: got {value}, takes an int >= 0")
+        if not 0 < self.held_out <= 1:
+            raise ValueError(f"held_out: got {self.held_out}, takes a share in (0, 1]")
         if not self.bucket_size <= self.block_size:
             raise ValueError(f"bucket_size: got {self.bucket_size}, takes at most block_size = {self.block_size}")
         if ("perplexity" in self.tasks) != bool(self.text):
@@ -91,6 +97,10 @@ class Evaluation:
             raise ValueError(f"text: got {got}, takes files to compute the perplexity of")
         if self.cloze is not None and not set(self.tasks) & set(RECALL):
             raise ValueError(f"cloze: got {self.cloze}, takes one beside tasks among {', '.join(RECALL)}")
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.tasks)
 
     def run(self) -> None:
         if self.checkpoint is None:

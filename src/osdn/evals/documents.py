@@ -1,38 +1,30 @@
-"""Documents to evaluate on: text files and JSON lines, in UTF-8, or a data set of the Hub."""
+"""Documents and questions to evaluate on, and what they are traced by."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from osdn.data.text import find_files
+from osdn.data.documents import find_documents, is_held_out, json_lines, read_documents
 
 
-def read_documents(argument: str, paths: Sequence[Path]) -> tuple[list[str], dict[str, Any]]:
-    """Texts of files and of every file below directories, a .jsonl file giving one for each line; and their origin.
+def read_texts(
+    argument: str, data: Sequence[str], *, text_field: str = "text", held_out: float = 1.0
+) -> tuple[list[str], dict[str, Any]]:
+    """The documents of files, see `osdn.data.documents.open_documents`, that are not empty; and their origin.
 
-    Raises ValueError, naming `argument` and the file, for one that cannot be read, is empty or not UTF-8.
+    held_out: share of them to take, that which training with this `held_out` leaves out.
+
+    Raises ValueError, naming `argument` and the file, for one that cannot be read or is not UTF-8, and for nothing.
     """
-    documents = list[str]()
-    files = find_files(argument, paths)
-    for file in files:
-        if file.suffix == ".jsonl":
-            documents += [row["text"] for row in read_jsonl(argument, file, ("text",))]
-        else:
-            documents.append(read_text(argument, file))
-    return documents, {"sha256": digest(documents), "sources": f"{len(files)} file(s)"}
-
-
-def read_text(argument: str, path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise ValueError(f"{argument}: got {path}, which cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{argument}: got {path}, which is not UTF-8 at byte {error.start}; takes UTF-8") from None
+    files = find_documents(argument, data)
+    documents = [text for text in read_documents(argument, files, text_field) if text and is_held_out(text, held_out)]
+    sources = f"{len(files)} file(s)" + (f", held-out share {held_out}" if held_out < 1 else "")
+    if not documents:
+        raise ValueError(f"{argument}: got {sources}, without a document; takes files with text")
+    return documents, {"sha256": digest(documents), "sources": sources}
 
 
 def read_jsonl(
@@ -43,14 +35,14 @@ def read_jsonl(
     Raises ValueError with the number of the first line where that does not hold.
     """
     rows = list[dict[str, Any]]()
-    for number, line in enumerate(read_text(argument, path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            check_fields(row, fields, may_be_blank, f"{argument}: got {path}, line {number}")
+    try:
+        for number, row in json_lines(path):
+            check_fields(row, fields, may_be_blank, f", line {number}")
             rows.append(row)
+    except OSError as error:
+        raise ValueError(f"{argument}: got {path}, which cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{argument}: got {path}{error}") from None
     if not rows:
         raise ValueError(f"{argument}: got {path}, without a line; takes JSON objects with {', '.join(fields)}")
     return rows

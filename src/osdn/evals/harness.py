@@ -11,8 +11,9 @@ from pathlib import Path
 
 from osdn.compare.config import RunError
 from osdn.compare.store import write_atomic, write_json
-from osdn.data.tokenizer import byte_tokenizer
+from osdn.data.tokenizer import byte_tokenizer, has_tokenizer
 from osdn.evals.checkpoint import Checkpoint
+from osdn.models.checkpoint import is_preconditioned, read_config
 
 _MODULE = "osdn_auto"
 _SOURCE = '''"""Lets transformers load the model of this directory with trust_remote_code=True.
@@ -37,9 +38,13 @@ def run_harness(path: Path, arguments: str) -> None:
 
     A prompt that the harness would truncate ends the run, since a score of half a prompt says nothing.
 
-    Raises ValueError for a checkpoint that is none, or without the harness; RunError for a truncated prompt.
+    Raises ValueError for a checkpoint that is none or that the harness cannot load, or without the harness, and
+    RunError for a truncated prompt.
     """
-    checkpoint = Checkpoint.open(path)
+    Checkpoint.open(path)
+    if is_preconditioned(read_config(path)):
+        takes = "takes tasks of `osdn eval`"
+        raise ValueError(f"harness: got {path}, a hybrid that it would load without its preconditioner; {takes}")
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
@@ -50,7 +55,7 @@ def run_harness(path: Path, arguments: str) -> None:
     watched.addFilter(refuse)
     before = sys.argv
     with tempfile.TemporaryDirectory() as folder:
-        if _is_bytes(checkpoint):
+        if not has_tokenizer(path):
             byte_tokenizer().save_pretrained(folder)
             model.append(f"tokenizer={folder}")
         try:
@@ -76,14 +81,9 @@ def export_auto_map(path: Path) -> None:
         "AutoModelForCausalLM": f"{_MODULE}.OSDNForCausalLM",
     }
     write_atomic(path / f"{_MODULE}.py", _SOURCE.encode())
-    if _is_bytes(checkpoint):
+    if not has_tokenizer(path):
         byte_tokenizer().save_pretrained(path)
     write_json(path / "config.json", config)
-
-
-def _is_bytes(checkpoint: Checkpoint) -> bool:
-    """Whether there are no tokenizer files that the harness could read."""
-    return not checkpoint.tokenizer.name_or_path
 
 
 class _RefuseTruncation(logging.Filter):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from osdn.data.text import ar_hits
+from osdn.data.tokenizer import encode
 from osdn.evals.checkpoint import Checkpoint
-from osdn.evals.documents import read_documents
+from osdn.evals.documents import read_texts
 from osdn.evals.results import Metric, Record, ratio
 
 
@@ -36,8 +35,10 @@ class Perplexity:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        paths: Sequence[Path],
+        text: Sequence[str],
         *,
+        text_field: str = "text",
+        held_out: float = 1.0,
         block_size: int = 20_480,
         bucket_size: int = 2_048,
         segment_size: int = 2_048,
@@ -46,12 +47,9 @@ class Perplexity:
         checkpoint.require(block_size, "block_size")
         if bucket_size < 2:
             raise ValueError(f"bucket_size: got {bucket_size}, takes an int >= 2: the first token has no loss")
-        texts, self.data = read_documents("text", paths)
-        end = checkpoint.tokenizer.eos_token_id
-        tail = [] if end is None else [end]
-        # What looks like a special token is text, and no text is too long (verbose warns of that), as it is cut.
-        encode = partial(checkpoint.tokenizer, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        tokens = np.concatenate([np.array(encode(text)["input_ids"] + tail, np.int32) for text in texts])
+        texts, self.data = read_texts("text", text, text_field=text_field, held_out=held_out)
+        tokenizer = checkpoint.tokenizer
+        tokens = np.concatenate([np.array(encode(tokenizer, text), np.int32) for text in texts])
         count = len(tokens) // block_size
         if block_size < 2 or not count:
             raise ValueError(f"block_size: got {block_size}, takes 2 to {len(tokens)}, the tokens there are in text")
@@ -63,7 +61,7 @@ class Perplexity:
             "bucket_size": bucket_size,
             "limit": limit,
             "vocabulary": checkpoint.tokens,
-            "documents": "concatenated" + (", end of text behind each" if tail else ""),
+            "documents": "concatenated" + ("" if tokenizer.eos_token_id is None else ", end of text behind each"),
         }
         self.cut = {"tokens_behind_the_last_block": len(tokens) - used * block_size}
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from osdn.compare.config import first_line
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.documents import check_fields, digest, read_jsonl
 from osdn.evals.results import Metric, Record, ratio
@@ -173,8 +174,9 @@ def _hub(name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     try:
         rows = list(load_dataset(name, split="validation"))
     except Exception as error:  # no network, no such data set: whatever its client raises
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"tasks: {name} cannot be loaded ({reason}); takes a network, or --cloze FILE") from error
+        raise ValueError(
+            f"tasks: {name} cannot be loaded ({first_line(error)}); takes a network, or --cloze FILE"
+        ) from error
     for number, row in enumerate(rows):
         check_fields(row, fields, _MAY_BE_BLANK, f"tasks: got {name}, row {number}")
     return rows

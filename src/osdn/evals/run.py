@@ -94,6 +94,8 @@ def _task(config: Evaluation, checkpoint: Checkpoint, name: str) -> Task:
         return Perplexity(
             checkpoint,
             config.text,
+            text_field=config.text_field,
+            held_out=config.held_out,
             block_size=config.block_size,
             bucket_size=config.bucket_size,
             segment_size=config.segment_size,

@@ -51,13 +51,14 @@ class Generate:
         self.check()
         import torch
 
-        from osdn.generate.text import Codec, continue_texts, read_text
+        from osdn.data.tokenizer import checkpoint_tokenizer
+        from osdn.generate.text import Codec, continue_texts, prompt_text
         from osdn.models.checkpoint import load_model
 
         model = load_model(self.model)
-        codec = Codec.load(self.model, model.config.get_text_config().vocab_size)
+        codec = Codec(checkpoint_tokenizer(self.model, model.config.get_text_config().vocab_size))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        prompts = self.prompt or (read_text(self.file),)
+        prompts = self.prompt or (prompt_text(self.file),)
         alone = len(prompts) == self.samples == self.beams == 1
 
         def write(text: str) -> None:
@@ -67,7 +68,7 @@ class Generate:
             texts = continue_texts(model, codec, prompts, self, write if alone else None)
         except KeyboardInterrupt:
             print()
-            raise SystemExit(130) from None
+            raise
         if alone:
             print()
             return

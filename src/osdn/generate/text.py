@@ -6,77 +6,50 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from osdn.data.text import read_text
 from osdn.generate import Generate
 from osdn.models.configuration import OSDNConfig
 from osdn.models.modeling import OSDNCache
 
 _PREFILL = 1024  # tokens at a time, so that memory does not grow with the prompt
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def read_text(path: Path | None) -> str:
+def prompt_text(path: Path | None) -> str:
     """The text in `path`, or in standard input; ValueError where there is none, or it is not UTF-8."""
+    if path is not None:
+        return read_text("file", path)
     try:
-        content = sys.stdin.buffer.read() if path is None else path.read_bytes()
-        return content.decode()
-    except OSError as error:
-        raise ValueError(f"file: {path} cannot be read ({error.strerror})") from None
+        return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{'standard input' if path is None else path}: not UTF-8 text ({error})") from None
+        raise ValueError(f"file: got standard input, which is not UTF-8 at byte {error.start}; takes UTF-8") from None
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Text to tokens and back: a checkpoint's own tokenizer, or UTF-8 bytes where it has none.
+    """Text to tokens and back, with the tokenizer of a checkpoint."""
 
-    tokenizer: transformers', or None for bytes. vocab_size: of the model; tokens beyond it are refused.
-    """
-
-    tokenizer: Any | None
-    vocab_size: int
-
-    @classmethod
-    def load(cls, path: Path, vocab_size: int) -> Codec:
-        """The tokenizer whose files stand in the checkpoint's directory; else bytes, which need 256 tokens."""
-        if any((path / name).exists() for name in _TOKENIZER_FILES):
-            try:
-                return cls(AutoTokenizer.from_pretrained(path, local_files_only=True), vocab_size)
-            except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{path}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
-        if vocab_size < 256:
-            raise ValueError(f"{path}: has no tokenizer, and bytes need a vocabulary of 256, not {vocab_size}")
-        return cls(None, vocab_size)
+    tokenizer: PreTrainedTokenizerBase
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text that is to go on. ValueError where there are none or the model does not know them."""
-        if self.tokenizer is None:
-            tokens = list(text.encode())
-        else:
-            tokens = self.tokenizer(text)["input_ids"]
-            if tokens and tokens[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
-                tokens = tokens[:-1]
+        """Tokens of a text that is to go on. ValueError where there are none."""
+        tokens: list[int] = self.tokenizer(text)["input_ids"]
+        if tokens and tokens[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
+            tokens = tokens[:-1]
         if not tokens:
             raise ValueError("prompt: got an empty text, takes at least one token")
-        if max(tokens) >= self.vocab_size:
-            raise ValueError(
-                f"prompt: got token {max(tokens)}, takes tokens below {self.vocab_size}, the model's vocabulary; "
-                "is the tokenizer the model's own?"
-            )
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text; U+FFFD for what is no UTF-8, and nothing for special tokens."""
-        if self.tokenizer is None:
-            return bytes(t for t in tokens if t < 256).decode(errors="replace")
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
 
 class TextStream(BaseStreamer):

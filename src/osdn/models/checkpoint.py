@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from osdn.compare.config import RunError
+from osdn.compare.config import RunError, first_line
 from osdn.models.hybrid import FIELD, load_preconditioned
 from osdn.models.modeling import OSDNForCausalLM
 
@@ -38,36 +39,42 @@ def is_preconditioned(config: dict[str, Any]) -> bool:
     return FIELD in config or FIELD in (config.get("text_config") or {})
 
 
-def load_model(path: Path) -> PreTrainedModel:
-    """An OSDN model or a preconditioned hybrid, in the dtype of its weights, ready for inference.
+def load_model(path: Path, *, dtype: str = "auto", any_kind: bool = False) -> PreTrainedModel:
+    """An OSDN model or a preconditioned hybrid, or with `any_kind` any causal language model that transformers knows,
+    ready for inference; "auto" is the dtype of its weights.
 
-    Raises ValueError where the directory holds neither, RunError where weights are missing, damaged or do not fit.
+    Raises ValueError where the directory holds none, RunError where weights are missing, damaged or do not fit.
     """
     config = read_config(path)
     if config["model_type"] == "osdn":
-        return load_whole(OSDNForCausalLM.from_pretrained, path)
+        return load_whole(OSDNForCausalLM.from_pretrained, path, dtype=dtype)
     if is_preconditioned(config):
-        return load_whole(load_preconditioned, path)
+        return load_whole(load_preconditioned, path, dtype=dtype)
+    if any_kind:  # may have weights beside the language model's
+        return load_whole(AutoModelForCausalLM.from_pretrained, path, dtype=dtype, extra=True)
     raise ValueError(f"{path}: got a model of type {config['model_type']}, takes an OSDN one (see osdn convert)")
 
 
-def load_whole(load: Callable[..., Any], path: Path, **kwargs: Any) -> PreTrainedModel:
-    """`load(path)`, a `from_pretrained`, where every weight is there and fits; transformers alone would only warn."""
+def load_whole(
+    load: Callable[..., Any], path: Path, *, dtype: str = "auto", extra: bool = False, **options: Any
+) -> PreTrainedModel:
+    """`load(path, **options)`, a `from_pretrained`, where every weight is there and fits, and with `extra` there may
+    be others; transformers alone would only warn."""
     with quiet():
         try:
             model, info = load(
                 path,
-                dtype="auto",
+                dtype=dtype,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 local_files_only=True,
-                **kwargs,
+                **options,
             )
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{path}: weights cannot be read ({str(error).strip().splitlines()[0]})") from error
+        except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+            raise RunError(f"{path}: weights cannot be read ({first_line(error)})") from error
     problems = [f"{key} is {tuple(got)}, takes {tuple(takes)}" for key, got, takes in sorted(info["mismatched_keys"])]
     problems += [f"{key} is missing" for key in sorted(info["missing_keys"])]
-    problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
+    problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"]) if not extra]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise RunError(f"{path}: the weights are not those of {type(model).__name__}: {problems[0]}{more}")

@@ -27,7 +27,6 @@ def tiny_text_cpu() -> TrainConfig:
         lr=3e-3,
         warmup_steps=20,
         device="cpu",
-        sample_tokens=100,
     )
 
 

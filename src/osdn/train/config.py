@@ -11,7 +11,7 @@ _FORMAT = 1  # to be raised when the training procedure changes: older run direc
 # Where data lies, how often something is written and how many devices share the work do not change what is learned.
 _FREE = {
     *("data", "eval_data", "out", "save_every", "keep", "log_every", "eval_every", "wandb", "prefetch"),
-    *("micro_batch", "fsdp", "device", "compile", "checkpoint_activations", "eval_sequences", "sample_tokens"),
+    *("micro_batch", "fsdp", "device", "compile", "checkpoint_activations", "eval_sequences"),
 }
 
 
@@ -95,8 +95,6 @@ class TrainConfig:
     """Steps between evaluations; 0: at the end alone."""
     eval_sequences: int = 64
     """Held-out rows an evaluation takes at the most."""
-    sample_tokens: int = 0
-    """Tokens to continue a held-out text by at the end, greedily."""
     wandb: bool = False
     """Log to Weights & Biases beside TensorBoard."""
 
@@ -104,7 +102,7 @@ class TrainConfig:
         at_least = {
             2: ("context",),
             1: ("shuffle", "streams", "steps", "batch_size", "micro_batch", "save_every", "keep", "log_every"),
-            0: ("warmup_steps", "eval_every", "eval_sequences", "sample_tokens", "weight_decay", "seed", "eps"),
+            0: ("warmup_steps", "eval_every", "eval_sequences", "weight_decay", "seed", "eps"),
         }
         for least, names in at_least.items():
             for name in names:

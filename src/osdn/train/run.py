@@ -28,7 +28,7 @@ from osdn.compare.provenance import provenance
 from osdn.compare.store import claim, read_json, write_json
 from osdn.data.documents import Documents, open_documents
 from osdn.data.packed import PackedRows, Row, held_out_rows, unigram_entropy
-from osdn.data.tokens import load_tokenizer
+from osdn.data.tokenizer import load_tokenizer
 from osdn.models import OSDNConfig, OSDNForCausalLM
 from osdn.train.checkpoint import latest, seal
 from osdn.train.config import TrainConfig
@@ -212,7 +212,7 @@ def _finish_from(trainer: OSDNTrainer, checkpoint: Path) -> None:
 
 
 def _conclude(trainer: OSDNTrainer, task: Task, identity: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluate, save the model, continue a held-out text, and write results.json last."""
+    """Evaluate, save the model, and write results.json last."""
     config, out, main = trainer.config, trainer.out, trainer.is_world_process_zero()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     evaluated = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
@@ -250,23 +250,6 @@ def _conclude(trainer: OSDNTrainer, task: Task, identity: dict[str, Any], say: C
             seal(part, out / "model", trainer.stamp)
         except (OSError, SafetensorError) as error:
             raise RunError(f"{out / 'model'}: cannot be written ({error}); the checkpoints are intact") from error
-        if config.sample_tokens and task.held_out:
-            say(_sample(out / "model", task, config))
         write_json(out / "results.json", results)
         say(f"model and results.json are in {out}")
     return results
-
-
-def _sample(path: Path, task: Task, config: TrainConfig) -> str:
-    """A held-out beginning, and how the saved model goes on."""
-    model = OSDNForCausalLM.from_pretrained(path)
-    prompt = task.held_out[0]["input_ids"][None, : config.context // 2]
-    ids = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=config.sample_tokens,
-        do_sample=False,
-        pad_token_id=task.tokenizer.eos_token_id,
-    )
-    given, made = (task.tokenizer.decode(part) for part in (prompt[0, -64:], ids[0, prompt.shape[1] :]))
-    return f"--- given ---\n{given}\n--- made ---\n{made}\n---"

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from osdn.compare.config import RunError
+from osdn.compare.config import RunError, first_line
 from osdn.compare.store import write_json
 from osdn.data.mqar import IGNORE
 from osdn.data.packed import PackedRows, Position, collate
@@ -128,7 +128,7 @@ class OSDNTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            failure = str(error).strip().partition("\n")[0]
+            failure = first_line(error)
         # A process that failed must not leave the others waiting, so all agree before the checkpoint gets its name.
         failure = next((f for f in gather_object([failure]) if f), None)
         if main and failure is None:

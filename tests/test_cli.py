@@ -1,0 +1,41 @@
+"""What all subcommands share."""
+
+import pytest
+
+from osdn.cli import SUBCOMMANDS, main
+
+GOES_ON = {
+    "compare": "",
+    "train": "tiny_text_cpu",
+    "eval": "model --tasks mqar",
+}
+BEGINS_ANEW = {
+    "theory": "",
+    "bench": "",
+    "diagnose": "model --data text",
+    "convert": "model out",
+    "generate": "model",
+    "eval": "model --harness --tasks x",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ([name, *flags.split()], "; the same command goes on from the last checkpoints")
+        for name, flags in GOES_ON.items()
+    ]
+    + [([name, *flags.split()], "") for name, flags in BEGINS_ANEW.items()],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_interrupted(arguments, hint, capsys, monkeypatch):
+    def interrupt(self):  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SUBCOMMANDS[arguments[0]], "run", interrupt)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == f"osdn: interrupted{hint}\n"
+
+
+def test_every_subcommand_is_interrupted_above():
+    assert GOES_ON.keys() | BEGINS_ANEW.keys() == SUBCOMMANDS.keys()
