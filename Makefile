@@ -34,7 +34,7 @@ train-smoke: env
 	$(BIN)/osdn train tiny_text_cpu --out runs/smoke $(if $(DATA),--data $(DATA))
 	$(BIN)/osdn eval runs/smoke/model --out runs/smoke/eval --tasks perplexity --held-out 0.1 --limit 32 \
 	--block-size 1024 --bucket-size 256 --text $(or $(DATA),"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')/*.py")
-	$(BIN)/osdn generate runs/smoke/model --prompt "    def __init__(self" --max-new-tokens 200
+	$(BIN)/osdn generate runs/smoke/model --prompt "    def __init__(self" --max-new-tokens 200 --temperature 0.7
 
 # Every kernel in every config, for GPUs that need not be here; `make test` compiles one config per kernel and decay.
 aot: env

@@ -299,7 +299,7 @@ def test_the_tokenizer_goes_along_and_measures(make_fla, tmp_path, capsys):
     assert type(AutoConfig.from_pretrained(tmp_path / "out")) is osdn.OSDNConfig
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is osdn.OSDNForCausalLM
     assert main(["convert", str(source), str(tmp_path / "b"), "--probe", str(tmp_path / "none")]) == 2
-    assert "probe: got none, which cannot be read (No such file or directory)" in capsys.readouterr().err
+    assert "none, which cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
 def naive_arguments(shape_of_g):

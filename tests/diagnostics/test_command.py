@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-import osdn
-from osdn import OSDNConfig, OSDNForCausalLM
+from osdn import OSDNConfig, OSDNForCausalLM, precondition_model
 from osdn.cli import main
 from osdn.compare import Experiment, compare
+from osdn.data.tokenizer import byte_tokenizer
+from osdn.diagnostics.command import load_any, load_tasks
+from osdn.diagnostics.config import Diagnose
 
 FILES = {"diagnosis.json", "heads.csv", "positions.csv", "index.html"}
 
@@ -117,24 +119,6 @@ def test_a_job_of_compare_gives_compares_own_ratio(tmp_path, capsys):
     assert f"checkpoint: got {job}, which cannot be loaded (" in capsys.readouterr().err
 
 
-def test_a_converted_hybrid(tmp_path, text):
-    """The d that was saved, not a new one, and its bounds."""
-    sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    dims = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    kinds = {"layer_types": ["linear_attention", "full_attention"]}
-    torch.manual_seed(0)
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads, **dims, **kinds))
-    osdn.precondition_model(model, {"eta": 0.0})
-    torch.nn.init.constant_(model.model.layers[0].linear_attn.d0, 2.0)
-    model.save_pretrained(tmp_path / "m")
-    assert diagnosed(tmp_path / "m", "--data", text, "--out", tmp_path / "out") == 0
-    [layer] = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["tasks"]["text.txt"]["layers"]
-    assert layer["name"] == "model.layers.0.linear_attn"
-    assert len(layer["heads"]) == 4
-    assert (layer["all"]["d"], layer["all"]["at_max"]) == (2.0, 1.0)
-
-
 def test_missing_weights_are_not_made_up(tmp_path, text, capsys):
     path = save(tmp_path / "m") / "model.safetensors"
     weights = load_file(path)
@@ -168,6 +152,31 @@ def test_a_tokenizer_of_ones_own(tmp_path, text):
     assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["tasks"]["text.txt"]["sequences"] == 3
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(model)
     assert diagnosed(model, *flags) == 0
+
+
+def test_a_saved_tokenizer_of_bytes_gives_the_bytes(tmp_path, checkpoint):
+    """As `osdn train` saves it; byte 0 closes every document."""
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        (tmp_path / "data" / name).write_text(f"Größe <|endoftext|> {name} " * 9)
+    byte_tokenizer().save_pretrained(tmp_path / "bytes")
+    model, found = load_any(checkpoint), []
+    for tokenizer in (None, "bytes", str(tmp_path / "bytes")):
+        config = Diagnose(checkpoint, (f"x={tmp_path / 'data'}",), tokenizer=tokenizer, seq_len=32)
+        found.append(load_tasks(config, model)["x"])
+    assert (found[0] == 0).any()
+    assert all(torch.equal(ids, found[0]) for ids in found)
+
+
+def test_an_upgraded_hybrid_is_measured_with_its_preconditioner(tmp_path, text):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    host = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads))
+    precondition_model(host, {"d_init": 0.5, "eta": 0.0}).save_pretrained(tmp_path / "hybrid")
+    assert diagnosed(tmp_path / "hybrid", "--data", text, "--out", tmp_path / "out") == 0
+    layers = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["tasks"]["text.txt"]["layers"]
+    assert [layer["all"]["d"] for layer in layers] == pytest.approx([0.5] * 3)
 
 
 @pytest.mark.parametrize(

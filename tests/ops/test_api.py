@@ -260,6 +260,8 @@ def test_auto_takes_kernels_only_where_their_tests_were_seen_to_pass(gpu, versio
     monkeypatch.setattr(dispatch, "_gpu", lambda _: gpu)
     monkeypatch.setattr(dispatch, "_triton", lambda: version)
     monkeypatch.setattr(dispatch, "why_not_triton", lambda _: "")
-    lacks = dispatch.why_not_triton_unasked(SimpleNamespace(device=torch.device("cuda")))
+    q = SimpleNamespace(device=torch.device("cuda"))
+    lacks = dispatch.why_not_triton_unasked(q)
     assert taken == (lacks == "")
+    assert dispatch.why_not_triton_unasked(q, torch.zeros(1, 1, 1, 1))
     assert taken or f"not seen to pass on {gpu}, Triton {version}" in lacks

@@ -400,8 +400,16 @@ class Config:
     """Where to write all figures."""
 
 
-def _key(launch: Launch) -> tuple[str, str]:
-    return launch.kernel.__name__, launch.case.decay
+def _one_each(found: dict[str, list[Launch]]) -> dict[str, list[Launch]]:
+    """The first launch of each kernel and decay (`cases` begins with the largest), the targets taking turns."""
+    kernels = sorted({launch.kernel.__name__ for own in found.values() for launch in own})
+    taken = {}
+    for turn, (name, own) in enumerate(found.items()):
+        firsts = {(x.kernel.__name__, x.case.decay): x for x in reversed(own)}
+        # Decays that a kernel does not ask for stay with one target, where they are one kernel.
+        turns = {key: kernels.index(key[0]) + x.arguments.get("DECAY", 0) for key, x in firsts.items()}
+        taken[name] = [x for key, x in firsts.items() if turns[key] % len(found) == turn]
+    return taken
 
 
 def check(found: dict[str, list[Launch]], config: Config) -> bool:
@@ -410,11 +418,8 @@ def check(found: dict[str, list[Launch]], config: Config) -> bool:
 
     began = time.perf_counter()
     if not config.all:
-        # The first launch of each kernel and decay: `cases` begins with the largest.
-        found = {name: list({_key(x): x for x in reversed(own)}.values())[::-1] for name, own in found.items()}
-    by_target = {name: variants(found[name], name) for name in config.targets}
-    turns = 1 if config.all else len(by_target)
-    todo = [x for n, own in enumerate(by_target.values()) for i, x in enumerate(own) if i % turns == n % turns]
+        found = _one_each(found)
+    todo = [x for name in config.targets for x in variants(found[name], name)]
     print(f"{len(todo)} kernels, specialised for their targets, to compile", file=sys.stderr, flush=True)
     compile_all(todo, every=config.all, workers=config.workers)
     made = rows(todo)

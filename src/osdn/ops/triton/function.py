@@ -366,9 +366,14 @@ def _parts(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, forget: Tensor | None, cu_seqlens: Tensor | None,
     preconditioned: bool, rule: list[float], l2norm: bool, scale: float, chunk_size: int,
 ) -> _Delta:  # fmt: skip
-    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, chunk_size)
+    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, _chunk(chunk_size, g))
     own = _Rule(call, k, beta, forget, _preconditioner(rule), l2norm) if preconditioned else None
     return _Delta(call, q, k, v, beta, g, own, l2norm, scale)
+
+
+def _chunk(chunk_size: int, g: Tensor | None) -> int:
+    """A decay per channel is worked into the products, for which chunks of 64 have too few registers."""
+    return min(chunk_size, 32) if g is not None and g.ndim == 4 else chunk_size
 
 
 def _numbers(p: Preconditioner) -> list[float]:
@@ -403,7 +408,7 @@ def _delta_rule(
 
 
 def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, scale, chunk_size):  # type: ignore[no-untyped-def]
-    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, chunk_size)
+    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, _chunk(chunk_size, g))
     n, HV, K, V = call.chunk_count, call.HV, k.shape[3], v.shape[3]
     T, P = (call.new(n, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
     segments = call.N * call.SPLIT
