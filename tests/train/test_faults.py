@@ -89,6 +89,28 @@ def test_from_each_checkpoint(toy, console, said, uninterrupted, step):
     assert config.identity("x") == other.identity("x")
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_losses_that_are_not_logged_at_every_step(toy, console, step):
+    """A logged loss is a mean over steps, of which some may lie before the checkpoint to go on from."""
+    config = toy("often", log_every=3, keep=3)
+    losses = train(config, console=console)["losses"]
+    (config.out / "results.json").unlink()
+    for later in range(step + 2, 7, 2):
+        shutil.rmtree(config.out / f"checkpoint-{later}")
+    assert steps_kept(config.out)[-1] == step
+    assert train(config, console=console)["losses"] == losses
+    one = dict(train(toy("every"), console=console)["losses"])
+    assert dict(losses) == pytest.approx({2: (one[1] + one[2]) / 2, 3: one[3], 4: one[4], 6: (one[5] + one[6]) / 2})
+
+
+def test_a_run_that_only_has_to_be_concluded_evaluates_as_it_trained(toy, console):
+    """In bf16, which Trainer turns on for a model when it begins to train it."""
+    config = toy(bf16=True, held_out=0.2)
+    whole = train(config, console=console)
+    (config.out / "results.json").unlink()
+    assert train(config, console=console)["eval_loss"] == whole["eval_loss"]
+
+
 def damage(path, how):
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-7])
