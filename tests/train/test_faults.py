@@ -201,6 +201,22 @@ def test_a_full_disk(toy, console):
     same(train(config, console=console), whole)
 
 
+def test_a_disk_that_takes_no_log(toy, console, monkeypatch):
+    config = toy()
+    with monkeypatch.context() as patch:
+
+        def add_scalar(self, name, value, step):  # noqa: ARG001
+            if step == 3:
+                raise OSError(28, "No space left on device")
+
+        patch.setattr("osdn.train.run.SummaryWriter.add_scalar", add_scalar)
+        stopped = r"run: stopped by \[Errno 28\] No space left on device; the same command goes on"
+        with pytest.raises(RunError, match=stopped):
+            train(config, console=console)
+    assert steps_kept(config.out) == [2]
+    train(config, console=console)
+
+
 def test_a_disk_that_is_full_at_the_end(toy, console):
     """All steps are done, and the model cannot be written: only that is left to be done."""
     config = toy()
