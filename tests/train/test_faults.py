@@ -210,7 +210,7 @@ def test_a_disk_that_takes_no_log(toy, console, monkeypatch):
                 raise OSError(28, "No space left on device")
 
         patch.setattr("osdn.train.run.SummaryWriter.add_scalar", add_scalar)
-        stopped = r"run: stopped by \[Errno 28\] No space left on device; the same command goes on"
+        stopped = r"run: stopped by \[Errno 28\] No space left on device; the same command goes on from the last"
         with pytest.raises(RunError, match=stopped):
             train(config, console=console)
     assert steps_kept(config.out) == [2]

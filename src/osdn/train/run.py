@@ -118,9 +118,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
             _finish_from(trainer, checkpoint)
         return _conclude(trainer, task, identity, say)
     except OSError as error:  # of TensorBoard on a full disk, or of a dataset's network
-        raise RunError(
-            f"{out}: stopped by {error}; the checkpoints are intact, the same command goes on from the last"
-        ) from error
+        raise RunError(f"{out}: stopped by {error}; the same command goes on from the last checkpoint") from error
 
 
 @dataclass(frozen=True)
