@@ -128,6 +128,24 @@ def test_it_stops_at_a_line_break():
     assert stop(torch.tensor([list(b"a\nbcd"), list(b"abcd\n")]), None).tolist() == [False, True]
 
 
+class Ends(Says):
+    """A model that has an end-of-text token of its own, `!`, behind which a row of a batch is filled up."""
+
+    generation_config = SimpleNamespace(eos_token_id=[ord("!")])
+
+    def generate(self, ids, *, generation_config, **options):  # noqa: ARG002
+        new = [*self.text, ord("!")] + [generation_config.pad_token_id] * 3
+        return torch.cat([ids, torch.tensor([new] * len(ids))], 1)
+
+
+def test_what_fills_a_row_up_behind_its_end_is_no_answer(make):
+    """GPT-2's tokenizer has no padding token, and its token 0 is text."""
+    task = make("fda", {"text": "It is deep blue.", **KIND, "value": "deep blue\0"})
+    task.tokenizer.pad_token = task.tokenizer.eos_token = None
+    [record] = task.score(Ends("deep blue"), [0])
+    assert (record["continuation"], record["contains"]) == ("deep blue", 0)
+
+
 @pytest.mark.parametrize("name", ["deltanet", "osdn-apf", "os-gdn", "os-kda", "gpt2"])
 def test_a_batch_and_its_padding_change_nothing(name, save, tmp_path):
     if name == "gpt2":

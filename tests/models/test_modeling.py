@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import osdn
 
@@ -381,3 +381,12 @@ def test_refused_packing(make_model, tokens):
     for kwargs in ({"cu_seq_lens_q": cu}, {"position_ids": restart}):
         with pytest.raises(ValueError, match=r"past_key_values: got a cache, takes None with packed sequences"):
             model(row, past_key_values=cache, **kwargs)
+
+
+def test_a_trainer_of_the_users_own_evaluates(make_model, tokens, tmp_path):
+    """Trainer takes every argument of forward that is named like labels for one that its data must have."""
+    model = make_model(double=False)
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    arguments = TrainingArguments(output_dir=tmp_path, report_to="none", use_cpu=True, per_device_eval_batch_size=3)
+    found = Trainer(model, arguments, eval_dataset=rows).evaluate()
+    assert found["eval_loss"] == pytest.approx(model(tokens, labels=tokens).loss.item(), rel=1e-6)

@@ -89,6 +89,28 @@ def test_from_each_checkpoint(toy, console, said, uninterrupted, step):
     assert config.identity("x") == other.identity("x")
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_losses_that_are_not_logged_at_every_step(toy, console, step):
+    """A logged loss is a mean over steps, of which some may lie before the checkpoint to go on from."""
+    config = toy("often", log_every=3, keep=3)
+    losses = train(config, console=console)["losses"]
+    (config.out / "results.json").unlink()
+    for later in range(step + 2, 7, 2):
+        shutil.rmtree(config.out / f"checkpoint-{later}")
+    assert steps_kept(config.out)[-1] == step
+    assert train(config, console=console)["losses"] == losses
+    one = dict(train(toy("every"), console=console)["losses"])
+    assert dict(losses) == pytest.approx({2: (one[1] + one[2]) / 2, 3: one[3], 4: one[4], 6: (one[5] + one[6]) / 2})
+
+
+def test_a_run_that_only_has_to_be_concluded_evaluates_as_it_trained(toy, console):
+    """In bf16, which Trainer turns on for a model when it begins to train it."""
+    config = toy(bf16=True, held_out=0.2)
+    whole = train(config, console=console)
+    (config.out / "results.json").unlink()
+    assert train(config, console=console)["eval_loss"] == whole["eval_loss"]
+
+
 def damage(path, how):
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-7])
@@ -177,6 +199,22 @@ def test_a_full_disk(toy, console):
     assert steps_kept(config.out) == [4]
     assert not (config.out / "checkpoint.part").exists()
     same(train(config, console=console), whole)
+
+
+def test_a_disk_that_takes_no_log(toy, console, monkeypatch):
+    config = toy()
+    with monkeypatch.context() as patch:
+
+        def add_scalar(self, name, value, step):  # noqa: ARG001
+            if step == 3:
+                raise OSError(28, "No space left on device")
+
+        patch.setattr("osdn.train.run.SummaryWriter.add_scalar", add_scalar)
+        stopped = r"run: stopped by \[Errno 28\] No space left on device; the same command goes on from the last"
+        with pytest.raises(RunError, match=stopped):
+            train(config, console=console)
+    assert steps_kept(config.out) == [2]
+    train(config, console=console)
 
 
 def test_a_disk_that_is_full_at_the_end(toy, console):

@@ -78,15 +78,15 @@ class PackedRows(IterableDataset):
                 for i in range(document, len(some)):
                     ids = encode(self.tokenizer, some[order[i]])
                     while token < len(ids):
-                        token += row.fill(ids[token:])
+                        token += row.fill(ids, token)
                         if row.is_full:
                             place = {"epoch": epoch, "block": block, "source": source, "document": i, "token": token}
                             yield row.take(), place
                     token = 0
                 document, block, source = 0, block + 1, part.state_dict()
             if block == 0:
-                name = self.documents.name
-                raise ValueError(f"data: got no documents for stream {stream} of {self.streams} ({name})")
+                got = f"no documents to train on for stream {stream} of {self.streams} ({self.documents.name})"
+                raise ValueError(f"data: got {got}; takes one or more for each, or fewer --streams")
             epoch, block, source = epoch + 1, 0, None
 
 
@@ -105,9 +105,9 @@ def held_out_rows(
     for text in chain(first, texts):
         ids = encode(tokenizer, text)
         begin = max(0, len(ids) - most) // 2
-        ids = ids[begin : begin + most]
-        while ids and len(found) < rows:
-            ids = ids[row.fill(ids) :]
+        ids, begin = ids[begin : begin + most], 0
+        while begin < len(ids) and len(found) < rows:
+            begin += row.fill(ids, begin)
             if row.is_full:
                 found.append(row.take())
         if len(found) == rows:
@@ -145,9 +145,9 @@ class _Row:
     def is_full(self) -> bool:
         return len(self.ids) == self.context
 
-    def fill(self, ids: list[int]) -> int:
-        """Take what fits of a document; the number of tokens taken."""
-        piece = ids[: self.context - len(self.ids)]
+    def fill(self, ids: list[int], begin: int) -> int:
+        """Take what fits of a document from `begin` on; the number of tokens taken."""
+        piece = ids[begin : begin + self.context - len(self.ids)]
         self.ids += piece
         self.labels += [IGNORE, *piece[1:]]
         self.positions += range(len(piece))

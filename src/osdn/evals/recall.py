@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,10 @@ class Cloze:
             stopping_criteria=StoppingCriteriaList([_LineBreak(self.tokenizer, T)]),
         )
         records = list[Record]()
+        stops = end if isinstance(end, list) else [end]
         for index, new in zip(indices, out[:, T:].tolist(), strict=True):
-            text = self.tokenizer.decode(new, skip_special_tokens=True).partition("\n")[0]
+            said = takewhile(lambda token: token not in stops, new)  # behind it comes padding, which may be text
+            text = self.tokenizer.decode(list(said), skip_special_tokens=True).partition("\n")[0]
             answer = self.answers[index]
             records.append(
                 {

@@ -242,14 +242,15 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab_size]`, or of the last `logits_to_keep` tokens (a tensor: of these positions).
 
-        `labels` `[B, T]`, -100 where there is none, are shifted here (`shift_labels`: were shifted before); the loss
-        is the mean over labels, or their sum over `num_items_in_batch`. All else as in `OSDNModel.forward`.
+        `labels` `[B, T]`, -100 where there is none, are shifted here (`shift_labels`, by name: were shifted before);
+        the loss is the mean over labels, or their sum over `num_items_in_batch`. All else as in `OSDNModel.forward`.
         """
+        # Not in the signature: Trainer asks its data for every parameter there that has "label" in its name.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids,
             attention_mask,

@@ -90,7 +90,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints to keep."""
     log_every: int = 10
-    """Steps between logged losses."""
+    """Steps between logged losses, each the mean since the one before; every checkpoint logs one, too."""
     eval_every: int = 0
     """Steps between evaluations; 0: at the end alone."""
     eval_sequences: int = 64

@@ -110,12 +110,15 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
         f"{config.steps} steps of {config.tokens_per_step:,} tokens, {accumulation} micro-batch(es) on each of "
         f"{processes} {arguments.device.type} process(es)"
     )
-    if step < config.steps:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    else:
-        assert checkpoint is not None
-        _finish_from(trainer, checkpoint)
-    return _conclude(trainer, task, identity, say)
+    try:
+        if step < config.steps:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        else:
+            assert checkpoint is not None
+            _finish_from(trainer, checkpoint)
+        return _conclude(trainer, task, identity, say)
+    except OSError as error:  # of TensorBoard on a full disk, or of a dataset's network
+        raise RunError(f"{out}: stopped by {error}; the same command goes on from the last checkpoint") from error
 
 
 @dataclass(frozen=True)

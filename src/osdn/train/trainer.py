@@ -48,6 +48,7 @@ class OSDNTrainer(Trainer):
         super().__init__(data_collator=collate, **options)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.skip)
+        self.add_callback(LogWhereSaved())
         self.add_callback(RefuseUnsharded(self.config.fsdp))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -95,7 +96,9 @@ class OSDNTrainer(Trainer):
         for i in range(0, math.ceil(len(rows) / world), size):
             # Under FSDP every process takes part in every call, also one whose rows are used up.
             batch = {k: x.to(self.args.device) for k, x in collate(own[i : i + size] or rows[:1]).items()}
-            loss = self.model(**batch, num_items_in_batch=torch.tensor(1)).loss
+            # As a model that Trainer has wrapped does by itself: one that only evaluates is not wrapped.
+            with self.accelerator.autocast():
+                loss = self.model(**batch, num_items_in_batch=torch.tensor(1)).loss
             if own[i : i + size]:
                 total += torch.tensor([loss, batch["labels"][:, 1:].ne(IGNORE).sum()], dtype=torch.float64)
         loss, labels = sum(gather_object([total])).tolist()
@@ -171,6 +174,20 @@ class SkipNonFinite(TrainerCallback):
             self.count += 1
             for p in objects["model"].parameters():
                 p.grad = None
+
+
+class LogWhereSaved(TrainerCallback):
+    """Logs the loss at every checkpoint: it is a mean since it was last logged, so that what goes on from there has no
+    losses of before to add."""
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **objects: Any,
+    ) -> None:
+        control.should_log |= control.should_save
 
 
 class RefuseUnsharded(TrainerCallback):
