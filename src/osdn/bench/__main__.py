@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from osdn.bench import bars, gpu
+from osdn.bench import bars, gpu, step
 from osdn.bench.cases import SUITES, RedGateError, Suite, check_claim, gate, qwen3_next
 from osdn.bench.measure import MODES, call, interleaved, peak_memory, wall_clock
 from osdn.bench.report import add, markdown, write
@@ -27,10 +27,11 @@ from osdn.compare.provenance import provenance
 class Config:
     """Measure speed and memory, behind a correctness gate.
 
-    cpu: beside transformers' chunked gated delta rule. gpu: beside the kernels of flash-linear-attention and FlashQLA,
+    cpu: beside transformers' chunked gated delta rule. step: whole training steps on the CPU, beside the same model
+    around that rule. gpu: beside the kernels of flash-linear-attention and FlashQLA,
     where they import; runs of one device and day go into one file."""
 
-    suite: Literal["cpu", "gpu"] = "cpu"
+    suite: Literal["cpu", "step", "gpu"] = "cpu"
     threads: int | None = None
     """Threads of torch; as many as torch takes by itself unless given."""
     quick: bool = False
@@ -51,6 +52,8 @@ class Config:
             _gpu(self, SUITES["gpu"])
         elif self.selection != gpu.Selection():
             raise ValueError("--shapes, --decays, --only, --limit, --peer-limit and --commit belong to --suite gpu")
+        elif self.suite == "step":
+            _step(self)
         else:
             _cpu(self, SUITES["cpu"])
 
@@ -118,6 +121,17 @@ def _cpu(config: Config, suite: Suite) -> None:
     except RedGateError as error:
         sys.exit(f"red gate, no speed is reported: {error}")
     table = markdown(result)
+    print(table)
+    print(f"wrote {write(result, table, config.out)} and the table beside it")
+
+
+def _step(config: Config) -> None:
+    repeats = _repeats(config, SUITES["cpu"])
+    try:
+        result = step.run(repeats=repeats, quick=config.quick, threads=config.threads, seed=config.seed)
+    except RedGateError as error:
+        sys.exit(f"red gate, no speed is reported: {error}")
+    table = step.markdown(result)
     print(table)
     print(f"wrote {write(result, table, config.out)} and the table beside it")
 

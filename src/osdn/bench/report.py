@@ -49,7 +49,8 @@ def add(runs: Sequence[dict[str, Any]], folder: Path) -> tuple[Path, dict[str, A
 
 def _stem(run: Mapping[str, Any]) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", run["device"].lower()).strip("-")
-    return f"{slug}_{run['date'][:10]}{'_quick' if run['config']['quick'] else ''}"
+    suite = "step_" if run["config"].get("suite") == "step" else ""
+    return f"{suite}{slug}_{run['date'][:10]}{'_quick' if run['config']['quick'] else ''}"
 
 
 def flatness(per_token: Mapping[int, float], T_min: int = 1024) -> float | None:
