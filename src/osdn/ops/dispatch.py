@@ -23,6 +23,8 @@ from osdn.ops.options import Backend
 
 log = logging.getLogger("osdn")
 _announced: set[str] = set()
+SEEN_TO_PASS = {"sm_90, Triton 3.6"}
+"""Where "auto" takes the kernels: GPU and Triton of a run of `make gpu-test` that docs/log.md records."""
 try:
     _INSTALLED = importlib.util.find_spec("triton") is not None
 except ModuleNotFoundError:  # hidden by whoever imports
@@ -88,9 +90,6 @@ def why_not_triton_unasked(q: Tensor, g: Tensor | None = None) -> str:
     if where and where not in SEEN_TO_PASS:
         return f"the kernels' tests were not seen to pass on {where} (`make gpu-test`); backend='triton' takes them"
     return ""
-
-
-SEEN_TO_PASS = {"sm_90, Triton 3.6"}
 
 
 @cache
