@@ -489,7 +489,7 @@ def test_refusals_of_the_experiment():
         ({"weight_decay": float("nan")}, "weight_decay: got nan, takes a number >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            Experiment(**fields)
+            Experiment(**fields).resolved()
     with pytest.raises(ValueError, match="models: got osdn osdn, takes different names"):
         Experiment(models=("osdn", "osdn")).resolved()
 

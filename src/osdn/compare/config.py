@@ -43,10 +43,7 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Models that differ in the mixer alone, trained from the same seeds on the same data.
-
-    Raises ValueError for a field out of range.
-    """
+    """Models that differ in the mixer alone, trained from the same seeds on the same data."""
 
     task: Literal["mqar", "text"] = "mqar"
     """mqar: synthetic recall; text: next byte of local files."""
@@ -104,7 +101,8 @@ class Experiment:
     eval_sequences: int = 256
     """Held-out sequences an evaluation takes."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a field out of range; not on construction, or the command line would frame the line."""
         if min(self.eval_lengths, default=1) < 1:
             raise ValueError(f"eval_lengths: got {' '.join(map(str, self.eval_lengths))}, takes ints >= 1")
         for name in ("eval_sequences", "hidden_size", "num_layers", "num_heads", "head_dim", "mlp_size"):
@@ -141,8 +139,9 @@ class Experiment:
     def resolved(self) -> Experiment:
         """The same experiment with the task's defaults in place of zeros and models written out.
 
-        Raises ValueError for a model's name of another form, or one that stands twice.
+        Raises ValueError for a field out of range, a model's name of another form, or one that stands twice.
         """
+        self.check()
         models = variants(self.models) or DEMO
         if len(set(models)) < len(models):
             raise ValueError(f"models: got {' '.join(models)}, takes different names")

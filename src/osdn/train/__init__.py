@@ -23,6 +23,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> dict[str, A
     Returns the content of results.json. Raises ValueError for a config that cannot be run or that is not the run
     directory's, RunError where a file could not be written or no checkpoint can be used.
     """
+    config.check()
     try:
         from osdn.train.run import run
     except ModuleNotFoundError as error:
