@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 import osdn
-from osdn.compare.config import fingerprint
 from osdn.recipes import RECIPES, osdn_1b3_fineweb_8gpu, osdn_340m_fineweb_8gpu, tiny_text_cpu
+from osdn.runs import fingerprint
 from osdn.train.config import TrainConfig
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -30,15 +29,6 @@ _DEFAULT_STEPS = {"mqar": 450, "text": 400}  # measured: the demo takes six minu
 _GRID_STEPS = 600  # some rules learn late; estimated: the grid takes an hour and a half on two idle cores
 _FORMAT = 2  # to be raised when the training procedure changes: older run directories are then refused
 _PATHS = ("data", "eval_data")  # where the bytes lie does not matter; their digest does
-
-
-class RunError(Exception):
-    """Something the user can act on; one line, no traceback."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -172,11 +162,6 @@ class Experiment:
         """All that decides the results: the resolved fields, with the data's digest in place of its paths."""
         fields = {name: value for name, value in self.as_dict().items() if name not in _PATHS}
         return {"format": _FORMAT, **fields, "data_sha256": data_digest}
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """Short hash of an identity: it names the run directory and stamps every file in it."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def parse_variant(name: str) -> tuple[str, dict[str, Any]]:

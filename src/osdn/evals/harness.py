@@ -9,11 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from osdn.compare.config import RunError
-from osdn.compare.store import write_atomic, write_json
 from osdn.data.tokenizer import byte_tokenizer, has_tokenizer
 from osdn.evals.checkpoint import Checkpoint
 from osdn.models.checkpoint import is_preconditioned, read_config
+from osdn.runs import RunError
+from osdn.runs.store import write_atomic, write_json
 
 _MODULE = "osdn_auto"
 _SOURCE = '''"""Lets transformers load the model of this directory with trust_remote_code=True.

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from osdn.compare.config import RunError
+from osdn.runs import RunError
 from osdn.train.config import TrainConfig
 
 __all__ = ["TrainConfig", "train"]

@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
-from osdn.compare.config import RunError, fingerprint
-from osdn.compare.provenance import provenance
-from osdn.compare.store import claim, read_json, write_json
 from osdn.data.documents import Documents, open_documents
 from osdn.data.packed import PackedRows, Row, fills_streams, held_out_rows, training_texts, unigram_entropy
 from osdn.data.tokenizer import load_tokenizer
 from osdn.models import OSDNConfig, OSDNForCausalLM
+from osdn.runs import RunError, fingerprint
+from osdn.runs.provenance import provenance
+from osdn.runs.store import claim, read_json, write_json
 from osdn.train.checkpoint import latest, seal
 from osdn.train.config import TrainConfig
 from osdn.train.progress import ShowProgress
