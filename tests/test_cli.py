@@ -39,3 +39,13 @@ def test_interrupted(arguments, hint, capsys, monkeypatch):
 
 def test_every_subcommand_is_interrupted_above():
     assert GOES_ON.keys() | BEGINS_ANEW.keys() == SUBCOMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", [*SUBCOMMANDS, "train tiny_text_cpu"])
+def test_help_is_for_users(name, capsys):
+    """No exceptions in it, and what is given by place has a name."""
+    with pytest.raises(SystemExit, match="0"):
+        main([*name.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert "ValueError" not in shown
+    assert "PATH" not in shown.splitlines()[0]

@@ -55,11 +55,10 @@ def test_types_are_shipped():
 
 
 def run_blocks(markdown):
-    """Executes the ```python blocks in order, in one namespace: a later block may use what an earlier one made."""
+    """Executes the ```python blocks in order, each on its own: a later one may use files that an earlier one left."""
     blocks = re.findall(r"^```python\n(.*?)^```$", markdown, re.DOTALL | re.MULTILINE)
-    namespace = {"__name__": "readme"}
     for n, block in enumerate(blocks, 1):
-        exec(compile(block, f"README.md, python block {n}", "exec"), namespace)
+        exec(compile(block, f"README.md, python block {n}", "exec"), {"__name__": "readme"})
     return len(blocks)
 
 
@@ -71,9 +70,11 @@ def test_readme_examples_run(tmp_path, monkeypatch):
 
 
 def test_a_broken_readme_example_is_noticed():
-    assert run_blocks("a\n```python\nx = 1\n```\nb\n```python\nassert x == 1\n```\n```bash\nfalse\n```\n") == 2
+    assert run_blocks("a\n```python\nx = 1\n```\nb\n```python\ny = 2\n```\n```bash\nfalse\n```\n") == 2
     with pytest.raises(ZeroDivisionError):
         run_blocks("text\n\n```python\n1 / 0\n```\n")
+    with pytest.raises(NameError):
+        run_blocks("```python\nx = 1\n```\n```python\nx\n```\n")
 
 
 def unchecked(markdown):

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import tyro
 
 from osdn.bench.__main__ import Config as Bench
-from osdn.compare.config import Experiment, RunError
+from osdn.compare.config import Experiment
 from osdn.convert import Convert
 from osdn.diagnostics.config import Diagnose
 from osdn.evals.config import Evaluation
 from osdn.generate import Generate
 from osdn.recipes import RECIPES
+from osdn.runs import RunError
 from osdn.theory.config import Theory
 from osdn.train.config import TrainConfig
 

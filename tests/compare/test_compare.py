@@ -17,10 +17,10 @@ from rich.console import Console
 
 from osdn.compare import Experiment, RunError, compare, grid, runner
 from osdn.compare import train as training
-from osdn.compare.config import fingerprint
-from osdn.compare.store import previous, read_json
 from osdn.compare.train import Job, build, learning_rate, parameter_groups, train
 from osdn.data import MQAR
+from osdn.runs import fingerprint
+from osdn.runs.store import previous, read_json
 
 TOY = Experiment(
     models=("deltanet", "osdn-apf"),
@@ -196,7 +196,7 @@ def test_a_grid_is_resumed_elsewhere(tmp_path, console, monkeypatch):
     assert "1-pass: 2 of 2 runs done, 0 to do" in said(console)
     assert contents.keys() == {"1-pass", "2-passes"}
     tables = (tmp_path / "there" / "grid.md").read_text()
-    assert tables.count("| model | minus beta2 |") == 2 * 3  # the control, not the first
+    assert tables.count(" than beta2, by an interval") == 2 * 3  # the control, not the first
     assert "pairs listed twice, T = 24" in tables
     final = contents["2-passes"]["runs"][0]["final"]
     assert final["by_length"].keys() == {"48", "96", "192"}
@@ -296,7 +296,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, console, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr("osdn.compare.store.os.fsync", fsync)
+    monkeypatch.setattr("osdn.runs.store.os.fsync", fsync)
     with pytest.raises(RunError, match=r"2 of 4 runs failed, first .*No space left on device.*the same command"):
         run(tmp_path, console)
     assert "Traceback" not in said(console)
@@ -304,7 +304,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, console, monkeypatch):
     kept = {"config.json", *(f"jobs/{model}-seed0.{kind}" for model in TOY.models for kind in ("json", "pt"))}
     assert kept <= files.keys()
     assert not [name for name in files if ".part" in name]
-    monkeypatch.setattr("osdn.compare.store.os.fsync", real)
+    monkeypatch.setattr("osdn.runs.store.os.fsync", real)
     run(tmp_path, console)
     assert all((tmp_path / name).read_bytes() == files[name] for name in kept)
 
@@ -500,7 +500,7 @@ def test_refusals_of_the_experiment():
         ({"weight_decay": float("nan")}, "weight_decay: got nan, takes a number >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            Experiment(**fields)
+            Experiment(**fields).resolved()
     with pytest.raises(ValueError, match="models: got osdn osdn, takes different names"):
         Experiment(models=("osdn", "osdn")).resolved()
 

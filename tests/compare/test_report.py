@@ -116,6 +116,12 @@ def test_a_figure_of_many():
     assert many.for_terminal() == [many.markdown()]
 
 
+def test_one_seed_has_no_differences():
+    one = Summary(Experiment(models=("deltanet", "osdn"), seeds=1, eval_pairs=(4, 24)).resolved(), RESULTS[::2])
+    assert [table.title for table in one.tables()] == [one.title]
+    assert len(summary().tables()) == 2
+
+
 def test_table():
     _, header, rows = summary().tables()[0]
     assert header[:6] == ["model", "n", "4 pairs", "24 pairs", "residual ratio", "geometric"]

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import osdn
 from osdn.cli import main
-from osdn.compare.config import RunError
 from osdn.convert.checkpoint import convert
 from osdn.convert.fla import translate
 from osdn.models.checkpoint import load_model
+from osdn.runs import RunError
 
 X = torch.randint(257, (2, 75), generator=torch.Generator().manual_seed(1))  # more than a chunk
 KINDS = ["delta_net", "gated_deltanet", "kda"]

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from osdn.data.documents import is_held_out, open_documents
 from osdn.data.mqar import IGNORE
-from osdn.data.packed import PackedRows, collate, held_out_rows, unigram_entropy
+from osdn.data.packed import PackedRows, collate, fills_streams, held_out_rows, training_texts, unigram_entropy
 from osdn.data.tokenizer import byte_tokenizer, encode
 
 BYTES = byte_tokenizer()
@@ -143,6 +143,14 @@ def test_one_long_document_fills_every_held_out_row(tmp_path):
 def test_no_documents_is_an_error(documents):
     with pytest.raises(ValueError, match=r"^data: got no documents to train on for stream 23 of 24 \(3 file"):
         next(iter(packed(documents, streams=24, own=[23])))
+
+
+def test_whether_every_stream_gets_a_document(documents):
+    # Of 23 documents 23 parts get one each.
+    assert [n for n in range(1, 27) if fills_streams(documents, n, 0.0)] == list(range(1, 24))
+    kept = len(list(training_texts(documents.source, documents, 0.5)))
+    assert 0 < kept < 23
+    assert not fills_streams(documents, kept + 1, 0.5)
 
 
 def test_unigram_entropy():

@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_the_page_that_was_there(text, tmp_path, capsys, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr("osdn.compare.store.os.fsync", fsync)
+    monkeypatch.setattr("osdn.runs.store.os.fsync", fsync)
     assert diagnosed(checkpoint, "--data", "mqar:2x1", "--out", out) == 2
     error = capsys.readouterr().err
     assert re.search(r"osdn: \S+index.html: cannot be written \(No space left on device\)", error)

@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import osdn
-from osdn.compare.config import RunError
 from osdn.data.tokenizer import byte_tokenizer
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.harness import run_harness
+from osdn.runs import RunError
 
 
 def test_open_and_load(save):

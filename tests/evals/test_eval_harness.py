@@ -137,6 +137,15 @@ def test_auto_map_leaves_the_model_as_it_is(models):
         assert torch.equal(w, model.state_dict()[name])
 
 
+def test_auto_map_says_what_it_wrote(save, capsys):
+    path = save()
+    before = {file.name for file in path.iterdir()} - {"config.json"}
+    assert main(["eval", str(path), "--export-auto-map"]) == 0
+    where, _, names = capsys.readouterr().out.strip().partition(": ")
+    assert where == f"written in {path}"
+    assert {file.name for file in path.iterdir()} - before == set(names.split(", "))
+
+
 def test_another_model_needs_no_auto_map(tmp_path, capsys):
     from transformers import GPT2Config, GPT2LMHeadModel
 

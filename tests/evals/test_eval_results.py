@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osdn.compare.config import RunError
 from osdn.evals.results import ExampleLog, ratio
+from osdn.runs import RunError
 
 IDENTITY = {"task": "t", "version": 1, "window": 5}
 

@@ -316,6 +316,8 @@ def test_what_is_no_preconditioned_checkpoint(tmp_path):
     make_host("qwen3_5").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"path: got \S+, takes a model saved after osdn.precondition_model"):
         osdn.load_preconditioned(tmp_path)
+    with pytest.raises(ValueError, match=r"config: got Qwen3_5TextConfig, takes none: the checkpoint's own is used"):
+        osdn.load_preconditioned(tmp_path, config=transformers.AutoConfig.from_pretrained(tmp_path))
 
 
 def test_the_box_of_a_beta_up_to_2():

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 import osdn
-from osdn.compare.config import fingerprint
 from osdn.recipes import RECIPES, osdn_1b3_fineweb_8gpu, osdn_340m_fineweb_8gpu, tiny_text_cpu
+from osdn.runs import fingerprint
 from osdn.train.config import TrainConfig
 
 
@@ -66,7 +66,7 @@ def test_where_and_how_often_is_not_identity(tmp_path):
 )
 def test_a_field_out_of_range_is_named(fields, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        TrainConfig(**fields)
+        TrainConfig(**fields).check()
 
 
 def test_rows_are_dealt_to_processes():

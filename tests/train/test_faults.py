@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from osdn.compare.config import RunError
+from osdn.runs import RunError
 from osdn.train import checkpoint as checkpoints
 from osdn.train import train
 
@@ -18,7 +18,7 @@ TRAINS = """
 import io, json, os, resource, signal, sys
 from pathlib import Path
 from rich.console import Console
-from osdn.compare.config import RunError
+from osdn.runs import RunError
 from osdn.train import TrainConfig, train
 fields, last, limit, fsync = json.load(sys.stdin), int(sys.argv[1]), int(sys.argv[2]), os.fsync
 fields |= {name: tuple(fields[name]) for name in ("data", "eval_data", "betas")} | {"out": Path(fields["out"])}
@@ -233,7 +233,7 @@ def test_a_bad_shard_on_the_way_keeps_what_was_saved(toy, console, tmp_path):
     (tmp_path / "shard-0.jsonl").write_text(lines)
     (tmp_path / "shard-1.jsonl").write_bytes(b'{"text": "\xff"}')
     config = toy(data=(str(tmp_path / "shard-*.jsonl"),), steps=60, save_every=5)
-    with pytest.raises(ValueError, match=r"^data: got .*shard-1.jsonl, not UTF-8 at byte 10; takes UTF-8 text$"):
+    with pytest.raises(ValueError, match=r"^data: got .*shard-1.jsonl, line 1: not UTF-8 at byte 10 of it; "):
         train(config, console=console)
     last = steps_kept(config.out)[-1]
     assert last >= 10

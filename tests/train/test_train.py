@@ -234,18 +234,19 @@ def test_falls_below_the_unigrams_of_real_text(toy, console):
         ("--fsdp", "fsdp: got one process, takes several GPUs under torchrun"),
         ("--held-out 0.1 --context 9999999", "held_out: got less than a row of 9999999 tokens"),
         ("--steps 0", "steps: got 0, takes a number >= 1"),
+        ("--data *.txt", "streams: got 16, but data holds 3 document(s) to train on, not one for each; takes 2\n"),
+        ("--data *.txt --held-out 0.9999", "data: got no documents to train on (3 file(s) "),
     ],
 )
 def test_a_bad_request_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = main(["train", "tiny_text_cpu", *arguments.split()])
-    except SystemExit as end:
-        status = end.code
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"{i}")
+    assert main(["train", "tiny_text_cpu", *arguments.split()]) == 2
     error = capsys.readouterr().err
-    assert status == 2
-    assert message in " ".join(error.split())
-    assert not list(tmp_path.iterdir())
+    assert error.startswith(f"osdn: {message}")
+    assert error.count("\n") == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {".txt"}  # no run directory is claimed
 
 
 def test_wandb_that_is_not_installed(toy, console, monkeypatch):

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import osdn
-from osdn.compare.config import RunError
 from osdn.nn.decay import parameter_groups
+from osdn.runs import RunError
 from osdn.train import TrainConfig, train
 
 

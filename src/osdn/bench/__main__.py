@@ -20,7 +20,7 @@ from osdn.bench import bars, gpu, step
 from osdn.bench.cases import SUITES, RedGateError, Suite, check_claim, gate, qwen3_next
 from osdn.bench.measure import MODES, call, interleaved, peak_memory, wall_clock
 from osdn.bench.report import add, markdown, write
-from osdn.compare.provenance import provenance
+from osdn.runs.provenance import provenance
 
 
 @dataclass(frozen=True)

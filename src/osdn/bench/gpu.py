@@ -28,7 +28,7 @@ import torch
 from osdn.bench.cases import DECAYS, Case, Inputs, Shape, Suite, check_claim, compare, gate, results
 from osdn.bench.device import Cuda, Device
 from osdn.bench.measure import MODES, Call, call, interleaved
-from osdn.compare.provenance import provenance, versions
+from osdn.runs.provenance import provenance, versions
 
 Run = dict[str, Any]
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from osdn.bench.cases import RedGateError, qwen3_next
 from osdn.bench.measure import interleaved, wall_clock
 from osdn.bench.report import row
-from osdn.compare.provenance import provenance
 from osdn.models import OSDNConfig, OSDNForCausalLM
 from osdn.nn import parameter_groups
+from osdn.runs.provenance import provenance
 
 PEER = "gdn, transformers' operator"
 CONTESTANTS = {"gdn": "gdn-tiny", "os-gdn": "os-gdn-tiny", PEER: "gdn-tiny"}

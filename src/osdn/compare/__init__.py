@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from osdn.compare.config import CONTROLS, Experiment, RunError, fingerprint, variants
+from osdn.compare.config import CONTROLS, Experiment, variants
+from osdn.runs import RunError, fingerprint
 
 __all__ = ["Experiment", "RunError", "compare", "grid"]
 
@@ -39,12 +40,12 @@ def compare(
     directory's, RunError where a job failed or a file could not be written (finished jobs are kept).
     """
     from osdn.compare.display import display
-    from osdn.compare.provenance import provenance
     from osdn.compare.report import Summary
     from osdn.compare.runner import run_jobs
-    from osdn.compare.store import claim, read_json, write_atomic, write_json
     from osdn.compare.train import Job, model_config, recall_task
     from osdn.data import ByteText
+    from osdn.runs.provenance import provenance
+    from osdn.runs.store import claim, read_json, write_atomic, write_json
 
     console = console or Console()
     if workers < 0 or checkpoint_every < 1:
@@ -135,7 +136,7 @@ def grid(
     baselines: by default DeltaNet and the controls, as far as they are among the models. All else as in `compare`; runs
     that fail in one setting do not keep the other from being run.
     """
-    from osdn.compare.store import write_atomic
+    from osdn.runs.store import write_atomic
 
     out = out or Path("runs") / "grid"
     parts, contents, failures = experiment.grid(), {}, list[RunError]()

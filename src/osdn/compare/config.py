@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -32,21 +31,9 @@ _FORMAT = 2  # to be raised when the training procedure changes: older run direc
 _PATHS = ("data", "eval_data")  # where the bytes lie does not matter; their digest does
 
 
-class RunError(Exception):
-    """Something the user can act on; one line, no traceback."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 @dataclass(frozen=True)
 class Experiment:
-    """Models that differ in the mixer alone, trained from the same seeds on the same data.
-
-    Raises ValueError for a field out of range.
-    """
+    """Models that differ in the mixer alone, trained from the same seeds on the same data."""
 
     task: Literal["mqar", "text"] = "mqar"
     """mqar: synthetic recall; text: next byte of local files."""
@@ -104,7 +91,8 @@ class Experiment:
     eval_sequences: int = 256
     """Held-out sequences an evaluation takes."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a field out of range; not on construction, or the command line would frame the line."""
         if min(self.eval_lengths, default=1) < 1:
             raise ValueError(f"eval_lengths: got {' '.join(map(str, self.eval_lengths))}, takes ints >= 1")
         for name in ("eval_sequences", "hidden_size", "num_layers", "num_heads", "head_dim", "mlp_size"):
@@ -141,8 +129,9 @@ class Experiment:
     def resolved(self) -> Experiment:
         """The same experiment with the task's defaults in place of zeros and models written out.
 
-        Raises ValueError for a model's name of another form, or one that stands twice.
+        Raises ValueError for a field out of range, a model's name of another form, or one that stands twice.
         """
+        self.check()
         models = variants(self.models) or DEMO
         if len(set(models)) < len(models):
             raise ValueError(f"models: got {' '.join(models)}, takes different names")
@@ -173,11 +162,6 @@ class Experiment:
         """All that decides the results: the resolved fields, with the data's digest in place of its paths."""
         fields = {name: value for name, value in self.as_dict().items() if name not in _PATHS}
         return {"format": _FORMAT, **fields, "data_sha256": data_digest}
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """Short hash of an identity: it names the run directory and stamps every file in it."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def parse_variant(name: str) -> tuple[str, dict[str, Any]]:

@@ -123,7 +123,7 @@ class Summary:
         return f"{task}, T = {e.seq_len}, {e.num_layers} layers, {heads}, {e.steps:,} steps of {e.batch_size} sequences"
 
     def tables(self) -> list[Table]:
-        """Results; results by length where there are longer ones; differences from each baseline, by outcome."""
+        """Results; by length where there are longer ones; of two seeds or more, differences from each baseline."""
         return [self._results(), *self._lengths(), *self._differences()]
 
     def _results(self) -> Table:
@@ -162,7 +162,7 @@ class Summary:
         return [Table(title, ["model", *(f"T = {T:,}" for T in paths)], rows)]
 
     def _differences(self) -> list[Table]:
-        if len(self.experiment.models) < 2:
+        if len(self.experiment.models) < 2 or self.experiment.seeds < 2:
             return []
         tables = []
         for what, path in self.outcomes.items():
@@ -230,7 +230,7 @@ class Summary:
                 won = {model: sum(sign * x > 0 for x in by[0].each) for model, by in gains.items()}
                 line += f" Seeds in which it is better, of {e.seeds}: {', '.join(f'{m} {n}' for m, n in won.items())}."
             lines.append(line)
-        if len(others) * len(self.baselines) > 1:
+        if len(others) * len(self.baselines) > 1 and e.seeds > 1:
             lines.append("Intervals are not corrected for the number of comparisons.")
         return lines
 

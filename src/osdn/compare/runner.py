@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from osdn.compare.config import RunError
 from osdn.compare.train import Job, train
+from osdn.runs import RunError
 
 Event = tuple[Any, ...]
 Listen = Callable[[Job, Event], None]

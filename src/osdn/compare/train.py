@@ -16,9 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osdn.compare.config import Experiment, RunError, parse_variant
-from osdn.compare.provenance import provenance
-from osdn.compare.store import previous, read_checkpoint, write_checkpoint, write_json
+from osdn.compare.config import Experiment, parse_variant
 from osdn.data import MQAR, ByteText, ar_hits
 from osdn.data.mqar import IGNORE
 from osdn.diagnostics.residual import residual_ratio
@@ -26,6 +24,9 @@ from osdn.models import OSDNConfig, OSDNForCausalLM
 from osdn.models.configuration import MIXERS
 from osdn.nn import PreconditionerOptions
 from osdn.nn.decay import parameter_groups
+from osdn.runs import RunError
+from osdn.runs.provenance import provenance
+from osdn.runs.store import previous, read_checkpoint, write_checkpoint, write_json
 
 _RULE = {field.name for field in fields(PreconditionerOptions)}
 _MIXER = {"allow_neg_eigval", "conv_size", "expand_v", "head_dim", "num_heads", "output_gate", "state_decay"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,9 +17,9 @@ class Convert:
     Kimi-Linear, and OSDN models that have none. Prints by how much the logits change: without forgetting, by rounding
     alone with eta 0, and by little more, through the eps of the keys' norm, with beta_free feedback."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Directory of the checkpoint: config.json and weights."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory to write, which must not exist or be empty."""
     feedback: Literal["beta_free", "beta_aware"] = "beta_free"
     """beta_free keeps the function until training moves d0; beta_aware changes it at once."""

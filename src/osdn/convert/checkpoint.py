@@ -12,7 +12,6 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from osdn.compare.config import RunError
 from osdn.convert.fla import is_fla, translate
 from osdn.data.text import read_text
 from osdn.data.tokenizer import checkpoint_tokenizer
@@ -22,6 +21,7 @@ from osdn.models.hybrid import find_hosts, precondition_model
 from osdn.models.modeling import OSDNForCausalLM
 from osdn.nn.layer import is_preconditioner_parameter
 from osdn.nn.options import PreconditionerOptions
+from osdn.runs import RunError
 
 _PROBE = 1024  # tokens
 # What may stand beside config and weights and goes along.

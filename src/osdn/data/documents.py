@@ -10,8 +10,8 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from osdn.compare.config import first_line
 from osdn.data.text import find_files, read_text, standard_library
+from osdn.runs import first_line
 
 if TYPE_CHECKING:
     import datasets

@@ -72,7 +72,7 @@ class PackedRows(IterableDataset):
             part = split_dataset_by_node(self.documents.source, stream, self.streams)
             if source is not None:
                 part.load_state_dict(source)
-            texts = (text for text in _texts(part, self.documents) if not is_held_out(text, self.held_out))
+            texts = training_texts(part, self.documents, self.held_out)
             while some := list(islice(texts, self.shuffle)):
                 order = np.random.default_rng([self.seed, stream, epoch, block]).permutation(len(some))
                 for i in range(document, len(some)):
@@ -88,6 +88,17 @@ class PackedRows(IterableDataset):
                 got = f"no documents to train on for stream {stream} of {self.streams} ({self.documents.name})"
                 raise ValueError(f"data: got {got}; takes one or more for each, or fewer --streams")
             epoch, block, source = epoch + 1, 0, None
+
+
+def training_texts(source: Iterable[dict[str, str]], documents: Documents, held_out: float) -> Iterator[str]:
+    """The texts of `source`, all of `documents` or a part, without empty ones and those that are held out."""
+    return (text for text in _texts(source, documents) if not is_held_out(text, held_out))
+
+
+def fills_streams(documents: Documents, streams: int, held_out: float) -> bool:
+    """Does each stream get a document? Reads as far as the first of each."""
+    parts = (split_dataset_by_node(documents.source, stream, streams) for stream in range(streams))
+    return all(any(training_texts(part, documents, held_out)) for part in parts)
 
 
 def held_out_rows(

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from osdn.compare.config import first_line
 from osdn.data.text import VOCAB_SIZE
+from osdn.runs import first_line
 
 _FILES = ("tokenizer*", "vocab.json", "vocab.txt", "spiece.model")  # also those of slow tokenizers
 

@@ -16,9 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from osdn.compare.config import Experiment, RunError, first_line
-from osdn.compare.provenance import provenance
-from osdn.compare.store import read_json, write_atomic, write_json
+from osdn.compare.config import Experiment
 from osdn.compare.train import build
 from osdn.data import MQAR
 from osdn.data.text import VOCAB_SIZE, read_bytes, spread_blocks
@@ -27,6 +25,9 @@ from osdn.diagnostics.config import Diagnose
 from osdn.diagnostics.measure import diagnose
 from osdn.diagnostics.page import page
 from osdn.models.checkpoint import load_model
+from osdn.runs import RunError, first_line
+from osdn.runs.provenance import provenance
+from osdn.runs.store import read_json, write_atomic, write_json
 
 Encode = Callable[[bytes], Tensor]
 _MOST_BYTES = 1 << 26  # of one task; all of it is read, and only some blocks are used

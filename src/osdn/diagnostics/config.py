@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,7 +13,7 @@ import tyro
 class Diagnose:
     """What a trained model writes with: residual ratio, preconditioner, step, forgetting; as JSON, CSV and a page."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A model saved with save_pretrained, or jobs/<model>-seed<i>.pt of an `osdn compare` run."""
     data: tuple[str, ...]
     """What to measure on, each a task of its own: text files or directories, or mqar:<pairs>x<passes>, synthetic

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from osdn.compare.config import first_line
 from osdn.data.tokenizer import checkpoint_tokenizer
 from osdn.models.checkpoint import load_model, read_config
+from osdn.runs import first_line
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Evaluation:
     """Evaluate a checkpoint: perplexity by position, recall, or any task of lm-evaluation-harness.
 
     Results go to a directory: for each task a JSON and a log of its examples, then a table and figures. A run that was
-    stopped goes on with the same command. Raises ValueError for a field out of range."""
+    stopped goes on with the same command."""
 
     checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CHECKPOINT]")] = None
     """Directory of a causal language model, as `save_pretrained` writes it."""
@@ -70,7 +70,8 @@ class Evaluation:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """auto: the checkpoint's own."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a field out of range; not on construction, or the command line would frame the line."""
         modes = {"table": self.table, "harness": self.harness, "export_auto_map": self.export_auto_map}
         if sum(map(bool, (*modes.values(), self.tasks))) != 1:
             given = [name for name, value in {"tasks": self.tasks, **modes}.items() if value]
@@ -103,6 +104,7 @@ class Evaluation:
         return bool(self.tasks)
 
     def run(self) -> None:
+        self.check()
         if self.checkpoint is None:
             from osdn.evals.report import show
 
@@ -114,7 +116,7 @@ class Evaluation:
         elif self.export_auto_map:
             from osdn.evals.harness import export_auto_map
 
-            export_auto_map(self.checkpoint)
+            print(f"written in {self.checkpoint}: {', '.join(export_auto_map(self.checkpoint))}")
         else:
             from osdn.evals.run import evaluate
 

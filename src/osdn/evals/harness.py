@@ -9,11 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from osdn.compare.config import RunError
-from osdn.compare.store import write_atomic, write_json
 from osdn.data.tokenizer import byte_tokenizer, has_tokenizer
 from osdn.evals.checkpoint import Checkpoint
 from osdn.models.checkpoint import is_preconditioned, read_config
+from osdn.runs import RunError
+from osdn.runs.store import write_atomic, write_json
 
 _MODULE = "osdn_auto"
 _SOURCE = '''"""Lets transformers load the model of this directory with trust_remote_code=True.
@@ -66,11 +66,12 @@ def run_harness(path: Path, arguments: str) -> None:
             watched.removeFilter(refuse)
 
 
-def export_auto_map(path: Path) -> None:
+def export_auto_map(path: Path) -> list[str]:
     """Write a module of a few lines beside the weights, `auto_map` into the config, and the tokenizer of bytes where
     there is none, so that `lm_eval --model hf --model_args pretrained=<path>,trust_remote_code=True` finds everything.
 
-    Raises ValueError for a checkpoint of another kind, RunError where the directory cannot be written.
+    Returns the names of the files written. Raises ValueError for a checkpoint of another kind, RunError where the
+    directory cannot be written.
     """
     checkpoint = Checkpoint.open(path)
     if checkpoint.config.model_type != "osdn":
@@ -80,10 +81,12 @@ def export_auto_map(path: Path) -> None:
         "AutoConfig": f"{_MODULE}.OSDNConfig",
         "AutoModelForCausalLM": f"{_MODULE}.OSDNForCausalLM",
     }
-    write_atomic(path / f"{_MODULE}.py", _SOURCE.encode())
+    written = [f"{_MODULE}.py"]
+    write_atomic(path / written[0], _SOURCE.encode())
     if not has_tokenizer(path):
-        byte_tokenizer().save_pretrained(path)
+        written += (Path(file).name for file in byte_tokenizer().save_pretrained(path))
     write_json(path / "config.json", config)
+    return [*written, "config.json"]
 
 
 class _RefuseTruncation(logging.Filter):

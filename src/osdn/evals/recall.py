@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from osdn.compare.config import first_line
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.documents import check_fields, digest, read_jsonl
 from osdn.evals.results import Metric, Record, ratio
+from osdn.runs import first_line
 
 SOURCES = {"fda": "hazyresearch/based-fda", "swde": "hazyresearch/based-swde-v2", "squad": "hazyresearch/based-squad"}
 KEPT = 50  # tokens of the window that are kept for the answer

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from osdn.bench.report import row
 from osdn.compare.report import COLORS, label
-from osdn.compare.store import write_atomic
 from osdn.evals.results import Metric
+from osdn.runs.store import write_atomic
 
 Result = dict[str, Any]
 _FIELDS = {"task", "kind", "version", "context_policy", "data", "metrics", "checkpoint"}

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from osdn.compare.config import RunError
-from osdn.compare.store import differences
+from osdn.runs import RunError
+from osdn.runs.store import differences
 
 Record = dict[str, Any]
 Metric = dict[str, Any]

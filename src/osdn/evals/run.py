@@ -9,8 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from osdn.compare.provenance import provenance
-from osdn.compare.store import write_json
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.config import RECALL, TASKS, Evaluation
 from osdn.evals.mqar import PairRecall
@@ -18,6 +16,8 @@ from osdn.evals.perplexity import Perplexity
 from osdn.evals.recall import Cloze
 from osdn.evals.report import Report, read_results
 from osdn.evals.results import ExampleLog, Task
+from osdn.runs.provenance import provenance
+from osdn.runs.store import write_json
 
 _SEQUENCES = 256
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,7 +15,7 @@ class Generate:
 
     The state is of constant size: memory does not grow with the text, beyond the tokens themselves."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Checkpoint of an OSDN model, or of a hybrid upgraded by osdn convert."""
     prompt: tuple[str, ...] = ()
     """Texts to continue."""

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from osdn.compare.config import RunError, first_line
 from osdn.models.hybrid import FIELD, load_preconditioned
 from osdn.models.modeling import OSDNForCausalLM
+from osdn.runs import RunError, first_line
 
 
 def read_config(path: Path) -> dict[str, Any]:

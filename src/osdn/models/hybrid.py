@@ -133,9 +133,11 @@ def load_preconditioned(path: str | Path, **kwargs: Any) -> Any:
     """A model saved after `precondition_model`, as its class's `from_pretrained(path, **kwargs)` would load it: dtype,
     devices, shards and loading info included. All parameters are trainable; freezing is not saved.
 
-    Raises ValueError where config.json names no preconditioner or a class that transformers does not have, and where
-    weights of the preconditioner are missing.
+    Raises ValueError for `config` among kwargs, as it is the checkpoint's own, where config.json names no
+    preconditioner or a class that transformers does not have, and where weights of the preconditioner are missing.
     """
+    if "config" in kwargs:
+        refuse("config", type(kwargs["config"]).__name__, "none: the checkpoint's own is used")
     config = AutoConfig.from_pretrained(path)
     options = getattr(config.get_text_config(), FIELD, None)
     if options is None:
@@ -149,7 +151,9 @@ def load_preconditioned(path: str | Path, **kwargs: Any) -> Any:
         host_class.__init__(self, config, *args, **kwargs)
         _replace(self, find_hosts(self), PreconditionerOptions.parse(options))
 
-    # Only while loading is it a class of its own, under the same name, since transformers goes by names.
+    # from_pretrained makes the model, then loads weights and drops those that have no place in it: d0 must be there as
+    # soon as the model is made. Hence a class whose __init__ puts it there, only while loading, and under the same
+    # name and module, since transformers goes by these.
     loader: Any = type(name, (host_class,), {"__init__": init, "__module__": host_class.__module__})
     wanted = kwargs.pop("output_loading_info", False)
     model, info = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)

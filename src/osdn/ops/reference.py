@@ -1,12 +1,12 @@
 """THE definition: the online scaled delta rule, one token at a time.
 
-    Sbar_t  = Gamma_t S_{t-1}                        Gamma_t: 1 | exp(g_t) | Diag(exp(g_t))
+    Sbar_t  = Gamma_t S_{t-1}                        the decayed state; Gamma_t: 1 | exp(g_t) | Diag(exp(g_t))
     r_t     = v_t - Sbar_t^T k_t                     residual, read with the READ key k_t
     S_t     = Sbar_t + beta_t (d_t * k_t) r_t^T      written with the WRITE key w_t = d_t * k_t
     o_t     = scale * S_t^T q_t
 
     e_t     = 1 - x_t                    beta_free       x_t = <d_t, k_t^2>
-            = beta_t (1 - beta_t x_t)    beta_aware      [ / (sum k_t^2 + 1e-5) when normalize_step ]
+            = beta_t (1 - beta_t x_t)    beta_aware      both over (sum k_t^2 + 1e-5) when normalize_step
     d_{t+1} = clip(lambda_t d_t + eta e_t k_t^2, d_min, d_max)
 
 d depends on k (and beta, lambda) alone, so the operator is `delta_rule(read=k, write=d * k)` after `precondition(k)`.

@@ -2,11 +2,12 @@
 
     F(S) - F* = tr(E^T Sigma E) / 2        E = S - S* [K, V],   G = Sigma E
     E_{t+1}   = E_t - D_t G_t
-    D_{t+1}   = min(D_t - eta (Sigma D_t - I) M_t, d_max)      M_t = G_t G_t^T / ||G_t||^2
+    D_{t+1}   = D_t - eta (Sigma D_t - I) M_t                  M_t = G_t G_t^T / ||G_t||^2
 
-The second line is projected gradient descent on h_t(D) = (F(S_t - D G_t) - F(S_t)) / ||G_t||^2; a diagonal D keeps the
-diagonal of that gradient. Nothing here depends on the size of E, only on its direction, so E is rescaled at every step
-and the gap kept as a logarithm: super-geometric convergence leaves float64's range within a hundred steps.
+The third line is projected gradient descent on h_t(D) = (F(S_t - D G_t) - F(S_t)) / ||G_t||^2; a diagonal D keeps the
+diagonal of that gradient, and may have a box: its entries then end at d_max. Nothing here depends on the size of E,
+only on its direction, so E is rescaled at every step and the gap kept as a logarithm: super-geometric convergence
+leaves float64's range within a hundred steps.
 Letters: N runs side by side, K, V as everywhere. Statements 12 and 13 of docs/math.md.
 """
 

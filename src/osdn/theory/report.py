@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from osdn.compare.provenance import provenance
-from osdn.compare.store import write_atomic, write_json
+from osdn.runs.provenance import provenance
+from osdn.runs.store import write_atomic, write_json
 from osdn.theory import memory, population, preconditioner, stability
 from osdn.theory.config import Name
 from osdn.theory.outcome import Numbers, Outcome, Row

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from osdn.compare.config import RunError
+from osdn.runs import RunError
 from osdn.train.config import TrainConfig
 
 __all__ = ["TrainConfig", "train"]
@@ -23,6 +23,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> dict[str, A
     Returns the content of results.json. Raises ValueError for a config that cannot be run or that is not the run
     directory's, RunError where a file could not be written or no checkpoint can be used.
     """
+    config.check()
     try:
         from osdn.train.run import run
     except ModuleNotFoundError as error:

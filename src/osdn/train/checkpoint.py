@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from osdn.compare.config import RunError
-from osdn.compare.store import Warn, set_aside, write_json
+from osdn.runs import RunError
+from osdn.runs.store import Warn, set_aside, write_json
 
 _MANIFEST = "manifest.json"
 

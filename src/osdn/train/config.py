@@ -17,7 +17,7 @@ _FREE = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of a causal language model. Raises ValueError for a field out of range."""
+    """One run of a causal language model."""
 
     preset: str = "osdn-apf-tiny"
     """Model, <mixer>-<size> of osdn.OSDNConfig.preset."""
@@ -98,7 +98,8 @@ class TrainConfig:
     wandb: bool = False
     """Log to Weights & Biases beside TensorBoard."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a field out of range; not on construction, or the command line would frame the line."""
         at_least = {
             2: ("context",),
             1: ("shuffle", "streams", "steps", "batch_size", "micro_batch", "save_every", "keep", "log_every"),

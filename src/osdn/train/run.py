@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
-from osdn.compare.config import RunError, fingerprint
-from osdn.compare.provenance import provenance
-from osdn.compare.store import claim, read_json, write_json
 from osdn.data.documents import Documents, open_documents
-from osdn.data.packed import PackedRows, Row, held_out_rows, unigram_entropy
+from osdn.data.packed import PackedRows, Row, fills_streams, held_out_rows, training_texts, unigram_entropy
 from osdn.data.tokenizer import load_tokenizer
 from osdn.models import OSDNConfig, OSDNForCausalLM
+from osdn.runs import RunError, fingerprint
+from osdn.runs.provenance import provenance
+from osdn.runs.store import claim, read_json, write_json
 from osdn.train.checkpoint import latest, seal
 from osdn.train.config import TrainConfig
 from osdn.train.progress import ShowProgress
@@ -141,6 +141,8 @@ class Task:
         model_config = OSDNConfig.preset(config.preset, **sizes, eos_token_id=tokenizer.eos_token_id)
         named: dict[str, Any] = {"subset": config.subset, "split": config.split, "text_field": config.text_field}
         documents = open_documents("data", config.data, **named)
+        if documents.sizes:  # files, not a dataset that is streamed from elsewhere
+            _require_documents(documents, config)
         held_out: list[Row] = []
         if config.eval_sequences and (config.eval_data or config.held_out):
             source = open_documents("eval_data", config.eval_data, **named) if config.eval_data else documents
@@ -150,6 +152,19 @@ class Task:
                 name = "eval_data" if config.eval_data else "held_out"
                 raise ValueError(f"{name}: got less than a row of {config.context} tokens, takes more text")
         return cls(tokenizer, model_config, documents, held_out)
+
+
+def _require_documents(documents: Documents, config: TrainConfig) -> None:
+    """Raises ValueError where a stream would have no document to train on."""
+    if fills_streams(documents, config.streams, config.held_out):
+        return
+    count = sum(1 for _ in training_texts(documents.source, documents, config.held_out))
+    if not count:
+        raise ValueError(f"data: got no documents to train on ({documents.name}), takes more, or held_out 0")
+    divisors = (n for n in range(1, config.streams) if config.batch_size % n == 0)
+    most = max(n for n in divisors if fills_streams(documents, n, config.held_out))
+    got = f"got {config.streams}, but data holds {count} document(s) to train on, not one for each"
+    raise ValueError(f"streams: {got}; takes {most}")
 
 
 def _arguments(config: TrainConfig, out: Path, accumulation: int) -> TrainingArguments:

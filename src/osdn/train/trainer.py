@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from osdn.compare.config import RunError, first_line
-from osdn.compare.store import write_json
 from osdn.data.mqar import IGNORE
 from osdn.data.packed import PackedRows, Position, collate
 from osdn.nn.decay import decayed_names
+from osdn.runs import RunError, first_line
+from osdn.runs.store import write_json
 from osdn.train.checkpoint import prune, seal
 from osdn.train.config import TrainConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from osdn.compare.config import RunError, first_line
+from osdn.runs import RunError, first_line
 
 Warn = Callable[[str], None]
 
