@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,9 +53,11 @@ class Config:
         elif self.selection != gpu.Selection():
             raise ValueError("--shapes, --decays, --only, --limit, --peer-limit and --commit belong to --suite gpu")
         elif self.suite == "step":
-            _step(self)
+            repeats = _repeats(self, SUITES["cpu"])
+            measure = partial(step.run, repeats=repeats, quick=self.quick, threads=self.threads, seed=self.seed)
+            _report(measure, step.markdown, self.out)
         else:
-            _cpu(self, SUITES["cpu"])
+            _report(partial(run, self, SUITES["cpu"]), markdown, self.out)
 
 
 def run(config: Config, suite: Suite) -> dict[str, Any]:
@@ -115,25 +117,14 @@ def _say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def _cpu(config: Config, suite: Suite) -> None:
+def _report(measure: Callable[[], dict[str, Any]], table_of: Callable[[dict[str, Any]], str], folder: Path) -> None:
     try:
-        result = run(config, suite)
+        result = measure()
     except RedGateError as error:
         sys.exit(f"red gate, no speed is reported: {error}")
-    table = markdown(result)
+    table = table_of(result)
     print(table)
-    print(f"wrote {write(result, table, config.out)} and the table beside it")
-
-
-def _step(config: Config) -> None:
-    repeats = _repeats(config, SUITES["cpu"])
-    try:
-        result = step.run(repeats=repeats, quick=config.quick, threads=config.threads, seed=config.seed)
-    except RedGateError as error:
-        sys.exit(f"red gate, no speed is reported: {error}")
-    table = step.markdown(result)
-    print(table)
-    print(f"wrote {write(result, table, config.out)} and the table beside it")
+    print(f"wrote {write(result, table, folder)} and the table beside it")
 
 
 def _gpu(config: Config, suite: Suite) -> None:
