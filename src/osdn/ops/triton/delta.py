@@ -93,17 +93,18 @@ def norm(x, first, end, h, heads, K: tl.constexpr, C: tl.constexpr, BK: tl.const
 
 @triton.jit
 def delta_intra_fwd_kernel(
-    q, k, beta, g, forget, rq, rk, starts, e, active, w, qx, kx, wx, decay, T, P, cu_seqlens, chunks,
+    q, k, beta, g, forget, rq, rk, starts, e, active, solve, w, qx, kx, wx, decay, T, P, cu_seqlens, chunks,
     scale, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr,
     BOX: tl.constexpr, PACKED: tl.constexpr, SOLVE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """T (with SOLVE) and P [chunks, HV, C, C]; w [tokens, HV, K]; rq and rk [tokens, H].
+    """With SOLVE, T and P [chunks, HV, C, C], rq and rk [tokens, H]; w [tokens, HV, K].
 
     With DECAY = 2 also q, k, w with the decays to the chunk's start and end -> qx, kx, wx, and exp(sum g) -> decay. BB
-    channels at a time.
+    channels at a time. Of the preconditioner's M and of T, both triangular with ones on the diagonal, SOLVE leaves one
+    square in `solve` [chunks, HV, C, C], M transposed above the diagonal; without SOLVE, T is taken from there.
     """
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
@@ -116,13 +117,16 @@ def delta_intra_fwd_kernel(
     nk = tl.full([C], 1.0, tl.float32)
     nq = nk
     if L2NORM:
-        nq = norm(q, first, end, hk, H, K, C, BK)
-        tl.store(rq + t * H + hk, nq, t < end)
-        if PRECONDITIONED:
-            nk = per_token(rk, first, end, hk, H, C)
+        if SOLVE:
+            nq = norm(q, first, end, hk, H, K, C, BK)
+            tl.store(rq + t * H + hk, nq, t < end)
         else:
+            nq = per_token(rq, first, end, hk, H, C)
+        if SOLVE and not PRECONDITIONED:
             nk = norm(k, first, end, hk, H, K, C, BK)
             tl.store(rk + t * H + hk, nk, t < end)
+        else:
+            nk = per_token(rk, first, end, hk, H, C)
     fired = False
     if PRECONDITIONED:
         W, G = path_weights(forget, e, first, end, h, eta, HV, C, FORGET)
@@ -154,29 +158,39 @@ def delta_intra_fwd_kernel(
             store_rows(kx, kn * upto, first, end, h, HV, K, C, BB, at)
             store_rows(wx, wn * behind, first, end, h, HV, K, C, BB, at)
             tl.store(decay + (c * HV + h) * K + i, kept, i < K)
-            diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
-            wd = wn.to(DT)
-            lowest = first_level(x)
-            for level in tl.range(lowest, tl.where(lowest < 0, 0, LEVELS), disable_licm=True):
-                row, col, pairs = factors(x, level, C, EXACT)
-                A, PP = meet(kr, qr, wd, row, col, pairs, A, PP, DT, PRECISION)
-        else:
+            if SOLVE:
+                diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
+                wd = wn.to(DT)
+                lowest = first_level(x)
+                for level in tl.range(lowest, tl.where(lowest < 0, 0, LEVELS), disable_licm=True):
+                    row, col, pairs = factors(x, level, C, EXACT)
+                    A, PP = meet(kr, qr, wd, row, col, pairs, A, PP, DT, PRECISION)
+        elif SOLVE:
             wt = tl.trans(wn.to(DT))
             A = tl.dot(kr, wt, A, input_precision=PRECISION)
             PP = tl.dot(qr, wt, PP, input_precision=PRECISION)
-    A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
-    if DECAY == 1:
-        _, upto, _ = log_sums(g, first, end, h, HV, C)
-        R = between(upto, upto, C)
-        A *= R
-        PP *= R
-    if DECAY == 2:
-        PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
-    PP *= (scale * nq)[:, None]
     square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
-    tl.store(P + square, below(PP, C, True).to(P.dtype.element_ty))
     if SOLVE:
-        tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION).to(T.dtype.element_ty))
+        A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
+        if DECAY == 1:
+            _, upto, _ = log_sums(g, first, end, h, HV, C)
+            R = between(upto, upto, C)
+            A *= R
+            PP *= R
+        if DECAY == 2:
+            PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
+        PP *= (scale * nq)[:, None]
+        tl.store(P + square, below(PP, C, True).to(P.dtype.element_ty))
+        inverse = invert(below(A, C, False), C, LEVELS, PRECISION).to(T.dtype.element_ty)
+        tl.store(T + square, inverse)
+        if PRECONDITIONED:
+            M = tl.trans(tl.load(solve + square))
+            tl.debug_barrier()  # behind which it may be written over
+            inverse = inverse.to(solve.dtype.element_ty, bitcast=True)
+            tl.store(solve + square, tl.where(r[:, None] > r[None, :], inverse, M))
+    elif PRECONDITIONED:
+        both = tl.load(solve + square).to(T.dtype.element_ty, bitcast=True)
+        tl.store(T + square, tl.where(r[:, None] > r[None, :], both, tl.where(r[:, None] == r[None, :], 1.0, 0.0)))
 
 
 @triton.jit
@@ -228,7 +242,7 @@ def delta_inter_fwd_kernel(
     bv = tl.program_id(0) % NV
     h = (tl.program_id(0) // NV) % HV
     n = tl.program_id(0) // (NV * HV)
-    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    begin, end, c, _ = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
     i = tl.arange(0, BK)
     r = tl.arange(0, C)
     u = bv * BV + tl.arange(0, BV)
@@ -291,7 +305,7 @@ def delta_inter_bwd_kernel(
     bv = tl.program_id(0) % NV
     h = (tl.program_id(0) // NV) % HV
     n = tl.program_id(0) // (NV * HV)
-    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    begin, end, c, _ = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
     i = tl.arange(0, BK)
     r = tl.arange(0, C)
     u = bv * BV + tl.arange(0, BV)

@@ -69,6 +69,11 @@ class _Call:
         return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
 
     @cached_property
+    def solved(self) -> torch.dtype:
+        """Of M: as exact as tf32. Where a value overflows, d has to diverge or to stay in its box, and is walked to."""
+        return torch.float16 if self.k.dtype == torch.bfloat16 else torch.float32
+
+    @cached_property
     def EXACT(self) -> str:
         return "ieee" if torch.version.hip or INTERPRETED else "tf32x3"
 
@@ -157,11 +162,13 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Path:
-    """What is left of d: d before each chunk, e of each token, in which chunks a clip fired, maps of segments, M."""
+    """What is left of d: d before each chunk, e of each token, the chunks in which a clip fired and the last of them
+    in each sequence, maps of segments, M."""
 
     starts: Tensor | None = None
     e: Tensor | None = None
     active: Tensor | None = None
+    last: Tensor | None = None
     maps: Tensor | None = None
     solve: Tensor | None = None
 
@@ -185,17 +192,15 @@ class _Rule:
             "FORGET": self.forget is not None, "BOX": self.p.d_min > -math.inf or self.p.d_max < math.inf,
         }  # fmt: skip
 
-    def solve(self, rk: Tensor | None, path: _Path, found: Tensor | None) -> dict[str, Tensor | None]:
-        """What the passes over chunks read beside k; M is in `found` and, as it is kept, in the path, where it is
-        unless `found` is to be filled in."""
+    def factors(self, rk: Tensor | None, path: _Path, solve: bool) -> Tensor:
+        """What the passes over chunks read beside k and M, which is computed too where it is not known yet."""
         call = self.call
         factors = call.new(call.chunk_count, call.HV, 5, call.C)
-        kept = None if found is path.solve else path.solve
         call.by_chunk(
-            kernels.precondition_solve_kernel, rk=rk, L2NORM=self.l2norm, solve=found, kept=kept, factors=factors,
-            SOLVE=found is not None, **self.arguments,
+            kernels.precondition_solve_kernel, rk=rk, L2NORM=self.l2norm, solve=path.solve, factors=factors,
+            SOLVE=solve, **self.arguments,
         )  # fmt: skip
-        return {"solve": path.solve if found is None else found, "factors": factors}
+        return factors
 
     def passes(
         self, kernel: Any, begin: str, x: Tensor | None, end: str, maps: Tensor | None, **arguments: Any
@@ -204,30 +209,28 @@ class _Rule:
 
         x, the argument `begin` of the kernel, is what a sequence begins with; what each segment ends with is returned.
         """
-        call = self.call
+        call, back = self.call, begin == "d_adj_end"
         ends = call.new(call.N * call.SPLIT, call.HV, self.k.shape[3])
-        stops = call.new(call.N * call.SPLIT, call.HV, dtype=torch.int32)
-        arguments |= {"stops": stops, end: ends}
+        arguments[end] = ends
         if maps is not None:
             call.by_segment(kernel, WALK=False, **arguments | {begin: None, "BOX": False})
-            x = call.chain(maps, ends, x, back=begin == "d_adj_end")
-        for walk in (False, True)[: 1 + arguments["BOX"]]:
-            call.by_segment(kernel, WALK=walk, **{begin: x}, **arguments)
+            x = call.chain(maps, ends, x, back=back)
+        call.by_segment(kernel, WALK=False, **{begin: x}, **arguments)
+        if arguments["BOX"]:
+            if not back:
+                arguments["stops"] = torch.full_like(arguments["last"], 2**31 - 1)
+                call.by_chunk(kernels.precondition_check_kernel, **arguments)
+            call.by_segment(kernel, WALK=True, **{begin: x}, **arguments)
         return ends
 
     def forward(self, d: Tensor, rk: Tensor | None) -> tuple[_Path, Tensor]:
         """Where d goes, and d at the end; rk is filled in where keys are to be normalised."""
-        call, K = self.call, self.k.shape[3]
-        cells = (call.chunk_count, call.HV)
-        maps = call.new(call.N * call.SPLIT, call.HV, K, K) if call.SPLIT > 1 else None
-        kept = call.new(*cells, call.C, call.C, dtype=call.stored)
-        path = _Path(call.new(*cells, K), call.tokens(call.HV), call.new(*cells, dtype=torch.int32), maps, kept)
-        found = kept if kept.dtype == torch.float32 else call.new(*kept.shape)
-        arguments = {**vars(path), **self.solve(rk, path, found), **self.arguments, "rk": rk}
-        if maps is not None:
-            call.by_segment(kernels.precondition_map_kernel, **arguments)
+        path = _empty_path(self.call)
+        arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "stops": None}
+        if path.maps is not None:
+            self.call.by_segment(kernels.precondition_map_kernel, **arguments)
         ends = self.passes(kernels.precondition_fwd_kernel, "d_0", d, "d_end", **arguments)
-        return path, call.of_sequences(ends, -1)
+        return path, self.call.of_sequences(ends, -1)
 
     def backward(
         self,
@@ -246,7 +249,7 @@ class _Rule:
             "a": a, "rk": rk, "p": p, "adj_ends": adj_ends, "OF_WRITE_KEY": dk_rest is not None,
         }  # fmt: skip
         call.by_chunk(kernels.precondition_local_kernel, **local, **common)
-        passed = {**common, **local, **self.solve(rk, path, None)}
+        passed = {**common, **local, "factors": self.factors(rk, path, False)}
         adj_0 = self.passes(kernels.precondition_bwd_kernel, "d_adj_end", d_adj_end, "d_adj_0", **passed)
         dk = call.tokens(HV, K, dtype=self.k.dtype)
         dbeta = call.tokens(HV) if self.p.feedback == "beta_aware" else None
@@ -283,22 +286,27 @@ class _Delta:
             "PRECONDITIONED": self.rule is not None,
         }  # fmt: skip
 
-    def intra(self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, T: Tensor | None) -> dict[str, Any]:
-        """What the passes over chunks read: q, k, w (with a channel's decays in them), P, and T unless given."""
-        call, HV, K = self.call, self.call.HV, self.k.shape[3]
+    def intra(
+        self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, T: Tensor | None = None, P: Tensor | None = None
+    ) -> dict[str, Any]:
+        """What the passes over chunks read: q, k, w (with a channel's decays in them), T and P.
+
+        With P, that of the forward: what was not kept beside it. T is, unless it is in the path."""
+        call, HV, K, solve = self.call, self.call.HV, self.k.shape[3], P is None
         square = (call.chunk_count, HV, call.C, call.C)
-        inverse = call.new(*square, dtype=call.stored) if T is None else None
-        P = call.new(*square, dtype=call.stored)
+        P = call.new(*square, dtype=call.stored) if P is None else P
+        T = call.new(*square, dtype=call.stored) if T is None else T
         w = None if self.rule is None else call.tokens(HV, K, dtype=call.stored)
         qx, kx, wx = (call.tokens(HV, K, dtype=call.stored) if self.DECAY == 2 else None for _ in range(3))
         decay = call.new(call.chunk_count, HV, K) if self.DECAY == 2 else None
         none = {"k": self.k, "forget": None, "eta": 0.0, "d_min": 0.0, "d_max": 0.0, "FORGET": False, "BOX": False}
         rule = none if self.rule is None else self.rule.arguments
-        call.by_chunk(
-            delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, w=w, qx=qx, kx=kx, wx=wx, decay=decay, T=inverse, P=P,
-            SOLVE=T is None, **rule | self.common | vars(path or _Path()),
-        )  # fmt: skip
-        found = {"decay": decay, "T": inverse if T is None else T, "P": P, "rq": rq, "rk": rk, "w": w}
+        if solve or self.rule is not None or self.DECAY == 2:
+            call.by_chunk(
+                delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, w=w, qx=qx, kx=kx, wx=wx, decay=decay, T=T, P=P,
+                SOLVE=solve, **rule | self.common | vars(path or _Path()),
+            )  # fmt: skip
+        found = {"decay": decay, "T": T, "P": P, "rq": rq, "rk": rk, "w": w}
         return found | ({} if qx is None else {"qx": qx, "kx": kx, "wx": wx})
 
     def inter(self, kernel: Any, intra: dict[str, Any], **arguments: Any) -> None:
@@ -310,9 +318,9 @@ class _Delta:
     def forward(
         self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, S: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """o, S at the end, and what is kept: T, P where that is not too much, S before and the maps of segments."""
+        """o, S at the end, and what is kept: T unless it is in the path, P, S before and the maps of segments."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
-        intra = self.intra(rq, rk, path, None)
+        intra = self.intra(rq, rk, path)
         o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
         nothing = {"S_0": None, "o": None, "states": None, "U": None}
         pass_on = partial(self.inter, delta.delta_inter_fwd_kernel, intra)
@@ -323,9 +331,7 @@ class _Delta:
             pass_on(**nothing | {"v": self.v, "S_end": ends})
             S = starts = call.chain(maps, ends, S, back=False)
         pass_on(**nothing | {"v": self.v, "S_0": S, "o": o, "S_end": ends})
-        # With w, or with q, k and w under a decay per channel, more would be kept than users of this layer expect.
-        P = None if self.rule is not None or self.DECAY == 2 else intra["P"]
-        return o, call.of_sequences(ends, -1), [intra["T"], P, starts, maps]
+        return o, call.of_sequences(ends, -1), [None if self.rule else intra["T"], intra["P"], starts, maps]
 
     def backward(
         self, do: Tensor, dS_end: Tensor | None, S: Tensor | None, kept: list[Tensor | None], rq: Tensor | None,
@@ -334,7 +340,7 @@ class _Delta:
         """Gradients by name; with a preconditioner, dk is that of k as used, without the part that comes through w."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
         T, P, starts, maps = kept
-        intra = {"T": T, "P": P, "w": None, "rq": rq, "rk": rk} if P is not None else self.intra(rq, rk, path, T)
+        intra = self.intra(rq, rk, path, T, P)
         states, dstates = (call.new(call.chunk_count, HV, K, V, dtype=call.stored) for _ in range(2))
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
         S_0 = S if starts is None else starts
@@ -414,17 +420,21 @@ def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, s
     segments = call.N * call.SPLIT
     starts, maps = ((call.new(segments, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
-    path = _path_fake(call) if d is not None else (None,) * 5
-    keeps = d is None and (g is None or g.ndim == 3)
-    found = (None if d is None else torch.empty_like(d), T, P if keeps else None, starts, maps, *norms, *path)
+    path = _Path() if d is None else _empty_path(call)
+    found = (None if d is None else torch.empty_like(d), T if d is None else None, P, starts, maps, *norms, *vars(path).values())
     return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, *found)
 
 
-def _path_fake(call: _Call) -> tuple[Tensor | None, ...]:
+def _empty_path(call: _Call) -> _Path:
     n, HV, K = call.chunk_count, call.HV, call.k.shape[3]
-    maps = call.new(call.N * call.SPLIT, HV, K, K) if call.SPLIT > 1 else None
-    solve = call.new(n, HV, call.C, call.C, dtype=call.stored)
-    return call.new(n, HV, K), call.tokens(HV), call.new(n, HV, dtype=torch.int32), maps, solve
+    return _Path(
+        starts=call.new(n, HV, K),
+        e=call.tokens(HV),
+        active=call.new(n, HV, dtype=torch.int32),
+        last=call.new(call.N, HV, dtype=torch.int32),
+        maps=call.new(call.N * call.SPLIT, HV, K, K) if call.SPLIT > 1 else None,
+        solve=call.new(n, HV, call.C, call.C, dtype=call.solved),
+    )
 
 
 def _delta_rule_backward(
@@ -471,7 +481,7 @@ def _precondition(
 
 def _precondition_fake(k, beta, forget, d, cu_seqlens, rule):  # type: ignore[no-untyped-def]
     call = _Call(k, k.shape[2], 1, cu_seqlens, 64)
-    return call.tokens(*k.shape[2:]), torch.empty_like(d), *_or_empty(k, *_path_fake(call))
+    return call.tokens(*k.shape[2:]), torch.empty_like(d), *_or_empty(k, *vars(_empty_path(call)).values())
 
 
 def _precondition_backward(
@@ -553,12 +563,12 @@ delta_rule = _differentiable(
     "triton_delta_rule",
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? forget, Tensor? S, Tensor? d, Tensor? cu_seqlens, "
     "float[] rule, bool l2norm, float scale, int chunk_size",
-    _tensors(14), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
+    _tensors(15), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
 )  # fmt: skip
 precondition_rule = _differentiable(
     "triton_precondition",
     "Tensor k, Tensor? beta, Tensor? forget, Tensor d, Tensor? cu_seqlens, float[] rule",
-    _tensors(7), _tensors(4), 2, _precondition, _precondition_fake, _precondition_backward, _precondition_backward_fake,
+    _tensors(8), _tensors(4), 2, _precondition, _precondition_fake, _precondition_backward, _precondition_backward_fake,
 )  # fmt: skip
 
 

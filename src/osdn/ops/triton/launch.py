@@ -25,6 +25,7 @@ Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 32, "num_warps": 2}],
     "precondition_fwd_kernel": [{"num_warps": 4, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
+    "precondition_check_kernel": [{"num_warps": 4}],
     "precondition_map_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
     "chain_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
     "precondition_expand_kernel": [{"num_warps": 4}],

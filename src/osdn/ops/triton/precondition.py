@@ -2,6 +2,7 @@
 
     solve       M = (I + L)^-1 of every chunk, L_tj = eta c2_t R_{t-1,j} <s_t, s_j>        parallel over chunks
     fwd         d before each chunk, and e: e = M (c1 - c2 G (s d)), d <- G_C d + eta A^T e     chunk after chunk
+    check       in which chunk of a sequence a clip might fire first                       parallel
     expand      d_t of every token, where it is asked for                                  parallel
     local       what the adjoint of a chunk needs that does not depend on later chunks     parallel
     bwd         p = M^T h and the adjoint before each chunk                               chunk after chunk, backwards
@@ -25,8 +26,8 @@ from osdn.ops.triton.shared import (
     invert,
     log_sums,
     per_token,
+    place,
     rows,
-    segment_length,
     sequence_at,
     store_rows,
 )
@@ -135,13 +136,12 @@ def path(
 
 @triton.jit
 def precondition_solve_kernel(
-    k, rk, beta, forget, solve, kept, factors, cu_seqlens, chunks, eta, tokens,
+    k, rk, beta, forget, solve, factors, cu_seqlens, chunks, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, L2NORM: tl.constexpr, AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr,
     PACKED: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the passes over chunks read beside k: with SOLVE, M = (I + L)^-1 -> solve [chunks, HV, C, C], and as it is
-    kept for the backward -> kept.
+    """What the passes over chunks read beside k: with SOLVE, M = (I + L)^-1 -> solve [chunks, HV, C, C].
 
     factors [chunks, HV, 5, C]: c1; c2 G_t, 1 and prod_{i > t} lambda_i, each times r^2, with s = r^2 k^2; G_C. With
     L2NORM r = rsqrt(sum k^2 + 1e-6) is in rk [tokens, H], where SOLVE stores it.
@@ -182,10 +182,7 @@ def precondition_solve_kernel(
     tl.store(at + C, r2 * c2)
     if SOLVE:
         M = invert(below(L * weights, C, False), C, LEVELS, PRECISION)
-        square = (c * HV + h) * C * C + i[:, None] * C + i[None, :]
-        tl.store(solve + square, M)
-        if kept is not None:
-            tl.store(kept + square, M.to(kept.dtype.element_ty))
+        tl.store(solve + (c * HV + h) * C * C + i[:, None] * C + i[None, :], M.to(solve.dtype.element_ty))
 
 
 @triton.jit
@@ -193,56 +190,60 @@ def fetch(
     k, solve, factors, m, c, begin, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, FORGET: tl.constexpr,
 ):  # fmt: skip
-    """Of a segment's m-th chunk, k and what the solve left: M, c1, r^2 c2 G, r^2, r^2 prod lambda, G_C."""
+    """Of a segment's m-th chunk, k^2 and what the solve left: M, c1, r^2 c2 G, r^2, r^2 prod lambda, G_C [BK].
+
+    In the backward of the delta rule, M is M^T and has T below the diagonal."""
     j = tl.arange(0, C)
+    i = tl.arange(0, BK)
     cell = (c + m) * HV + h
-    x = rows(k, begin + m * C, end, h // (HV // H), H, K, C, BK)
+    x = rows(k, begin + m * C, end, h // (HV // H), H, K, C, BK).to(tl.float32)
     M = tl.load(solve + cell * C * C + j[:, None] * C + j[None, :]).to(tl.float32)
     at = factors + cell * 5 * C
     r2 = tl.load(at + 2 * C + j)
     behind = r2
-    kept = 1.0
+    kept = tl.full([BK], 1.0, tl.float32)
     if FORGET:
         behind = tl.load(at + 3 * C + j)
-        kept = tl.load(at + 4 * C)
-    return x, M, tl.load(at + j), tl.load(at + C + j), r2, behind, kept
+        # A number of its own would be waited for in each chunk: only loads of tensors are issued ahead.
+        kept = tl.load(at + 4 * C + i % C)
+    return x * x, M, tl.load(at + j), tl.load(at + C + j), r2, behind, kept
 
 
 @triton.jit
-def sums(a, b, c, x, y, z):
-    return a + x, b + y, c + z
+def stays(d, kept, step, s, d_min, d_max, K: tl.constexpr, BK: tl.constexpr):
+    """Whether no update of a chunk by step [C], s [C, BK] can take d out of the box: none can pass these sums."""
+    up = tl.maximum(step, 0.0)
+    low = tl.minimum(d, kept * d) + tl.sum(s * (step - up)[:, None], 0)
+    high = tl.maximum(d, kept * d) + tl.sum(s * up[:, None], 0)
+    return tl.min(((tl.arange(0, BK) >= K) | ((low >= d_min) & (high <= d_max))).to(tl.int32), 0) > 0
 
 
 @triton.jit
 def precondition_fwd_kernel(
-    k, rk, beta, forget, solve, factors, d_0, starts, e, active, d_end, stops, cu_seqlens, first_chunk, eta, d_min,
-    d_max,
-    tokens,
+    k, rk, beta, forget, solve, factors, d_0, starts, e, active, last, d_end, stops, cu_seqlens, first_chunk, eta,
+    d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
+    AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr,
     WALK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], active [chunks, HV], d_end [segments, HV, K].
+    """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], d_end [segments, HV, K].
 
-    Without WALK, each segment up to the first chunk in which a clip might fire, whose number -> stops [segments, HV];
-    with it, each sequence from its first such chunk to its end.
+    Without WALK, as if no clip fired. With it, each sequence from its chunk `stops` [N, HV] on, token by token where
+    one might: -> active [chunks, HV], and the last such chunk, or -1 -> last [N, HV].
     """
     n = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
-    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
+    begin, end, c, _ = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
     i = tl.arange(0, BK)
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
     count = tl.cdiv(end - begin, C).to(tl.int32)
     begun = 0
+    fired = -1
     if WALK:
-        per = segment_length(begin, end, C, SPLIT).to(tl.int32)
-        begun = count
-        for back in range(0, SPLIT):
-            g = SPLIT - 1 - back
-            stop = g * per + tl.load(stops + (n * SPLIT + g) * HV + h)
-            begun = tl.where(stop < tl.minimum((g + 1) * per, count), stop, begun)
+        begun = tl.load(stops + n * HV + h)
         if begun >= count:
+            tl.store(last + n * HV + h, fired)
             return
         at += (SPLIT - 1) * HV * K * (n + 1)
         d = tl.load(starts + ((c + begun) * HV + h) * K + i, i < K, 0.0)
@@ -250,31 +251,18 @@ def precondition_fwd_kernel(
         d = tl.zeros([BK], tl.float32)
         if d_0 is not None:
             d = tl.load(d_0 + at, i < K, 0.0)
-    limit = count
     for m in tl.range(begun, count, num_stages=STAGES):
-        x, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
+        xx, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         first = begin + m * C
-        goes_on = m < limit
-        tl.store(starts + ((c + m) * HV + h) * K + i, d, i < tl.where(goes_on, K, 0))
-        xx = x.to(tl.float32)
-        xx *= xx
+        tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
         solved = tl.sum(M * (c1 - c2 * tl.sum(xx * d[None, :], 1))[None, :], 1)
-        step = eta * solved
+        new = kept * d + tl.sum(xx * (eta * solved * behind)[:, None], 0)
         safe = True
-        if BOX:
-            # No update can pass these sums; only where they pass the box do the tokens have to be walked through.
-            up = tl.maximum(step, 0.0) * r2
-            gain, up, down = tl.reduce(
-                (xx * (step * behind)[:, None], xx * up[:, None], xx * (step * r2 - up)[:, None]), 0, sums
-            )
-            new = kept * d + gain
-            low = tl.minimum(d, kept * d) + down
-            high = tl.maximum(d, kept * d) + up
-            safe = tl.min(((i >= K) | ((low >= d_min) & (high <= d_max))).to(tl.int32), 0) > 0
-        else:
-            new = kept * d + tl.sum(xx * (step * behind)[:, None], 0)
         if WALK:
+            safe = stays(d, kept, eta * solved * r2, xx, d_min, d_max, K, BK)
+            tl.store(active + (c + m) * HV + h, tl.where(safe, 0, 1))
             if not safe:
+                fired = m
                 new = d
                 for u in range(0, C):
                     t = first + u
@@ -293,15 +281,35 @@ def precondition_fwd_kernel(
                         raw_t += new
                     new = tl.where(t < end, clip(raw_t, d_min, d_max), new)
                     tl.store(e + t * HV + h, error, t < end)
-        else:
-            goes_on = goes_on & safe
-            limit = tl.where(goes_on, limit, tl.minimum(limit, m))
-        tl.store(active + (c + m) * HV + h, tl.where(safe, 0, 1), goes_on)
-        tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(goes_on & safe, end, first))
-        d = tl.where(goes_on, new, d)
-    if not WALK:
-        tl.store(stops + n * HV + h, limit)
+        tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(safe, end, first))
+        d = new
+    if WALK:
+        tl.store(last + n * HV + h, fired)
     tl.store(d_end + at, d, i < K)
+
+
+@triton.jit
+def precondition_check_kernel(
+    k, rk, forget, starts, e, active, stops, cu_seqlens, chunks, eta, d_min, d_max, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The least chunk of a sequence in which a clip might fire, if any -> stops [N, HV]; 0 -> active [chunks, HV]."""
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    n, m = place(c, tokens, chunks, C, PACKED)
+    i = tl.arange(0, BK)
+    d = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    kept = 1.0
+    if FORGET:
+        kept = tl.exp(tl.sum(per_token(forget, first, end, h, HV, C), 0))
+    tl.store(active + c * HV + h, 0)
+    if not stays(d, kept, eta * per_token(e, first, end, h, HV, C), x * x, d_min, d_max, K, BK):
+        tl.atomic_min(stops + n * HV + h, m.to(tl.int32))
 
 
 @triton.jit
@@ -314,17 +322,15 @@ def precondition_map_kernel(
     NV: tl.constexpr = (K + BV - 1) // BV
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
-    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    begin, end, c, _ = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
     i = tl.arange(0, BK)
     u = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
     D = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
     for m in range(0, tl.cdiv(end - begin, C)):
-        x, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
-        xx = x.to(tl.float32)
-        xx *= xx
+        xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         X = tl.dot(xx, D, input_precision=PRECISION) * c2[:, None]
         Y = tl.dot(M, X, input_precision=PRECISION) * (eta * behind)[:, None]
-        D = kept * D - tl.dot(tl.trans(xx), Y, input_precision=PRECISION)
+        D = kept[:, None] * D - tl.dot(tl.trans(xx), Y, input_precision=PRECISION)
     at = maps + (n * HV + h).to(tl.int64) * K * K + i[:, None] * K + u[None, :]
     tl.store(at, D, (i < K)[:, None] & (u < K)[None, :])
 
@@ -397,9 +403,8 @@ def precondition_local_kernel(
 
 @triton.jit
 def precondition_bwd_kernel(
-    a, k, rk, beta, forget, solve, factors, starts, e, active, h_local, adj_local, d_adj_end, p, adj_ends, d_adj_0,
-    stops,
-    cu_seqlens, first_chunk, eta, d_min, d_max, tokens,
+    a, k, rk, beta, forget, solve, factors, starts, e, active, last, h_local, adj_local, d_adj_end, p, adj_ends,
+    d_adj_0, cu_seqlens, first_chunk, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
     WALK: tl.constexpr, SPLIT: tl.constexpr, OF_WRITE_KEY: tl.constexpr, STAGES: tl.constexpr,
@@ -407,50 +412,49 @@ def precondition_bwd_kernel(
     """p [tokens, HV] = <u_t, s_t>, the adjoint behind each chunk -> adj_ends [chunks, HV, K], before each segment ->
     d_adj_0 [segments, HV, K].
 
-    Without WALK, each segment down to the last chunk in which a clip fired, whose number -> stops [segments, HV];
-    with it,
-    each sequence from its last such chunk to its beginning.
+    Without WALK, each segment down to the chunk behind `last` of its sequence, the last in which a clip fired; with
+    it, each sequence from that chunk to its beginning.
     """
     n = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
-    begin, end, c = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
+    begin, end, c, skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
     i = tl.arange(0, BK)
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    begun = count
+    walked = 0
+    if BOX:
+        walked = tl.load(last + (n // (1 if WALK else SPLIT)) * HV + h) + 1
     if WALK:
-        per = segment_length(begin, end, C, SPLIT).to(tl.int32)
-        begun = 0
-        for g in range(0, SPLIT):
-            stop = tl.load(stops + (n * SPLIT + g) * HV + h)
-            begun = tl.where(stop >= 0, g * per + stop + 1, begun)
-        if begun <= 0:
+        if walked <= 0:
             return
         at += (SPLIT - 1) * HV * K * n
-        adj = tl.load(adj_ends + ((c + begun - 1) * HV + h) * K + i, i < K, 0.0)
+        adj = tl.load(adj_ends + ((c + walked - 1) * HV + h) * K + i, i < K, 0.0)
+        todo = walked
     else:
+        walked = tl.minimum(tl.maximum(walked - skipped, 0), count).to(tl.int32)
         adj = tl.zeros([BK], tl.float32)
         if d_adj_end is not None:
             adj = tl.load(d_adj_end + at, i < K, 0.0)
-    limit = -1
-    for back in tl.range(0, begun, num_stages=STAGES):
-        m = begun - 1 - back
-        x, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
-        hs = per_token(h_local, begin + m * C, end, h, HV, C)
+        todo = count - walked
+    for back in tl.range(0, todo, num_stages=STAGES):
+        m = (walked if WALK else count) - 1 - back
+        xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
+        first = begin + m * C
+        hs = per_token(h_local, first, end, h, HV, C)
         row = ((c + m) * HV + h) * K + i
         rest = tl.load(adj_local + row, i < K, 0.0)
-        fired = False
-        if BOX:
-            fired = tl.load(active + (c + m) * HV + h) > 0
-        first = begin + m * C
-        goes_on = m > limit
-        tl.store(adj_ends + row, adj, i < tl.where(goes_on, K, 0))
-        xx = x.to(tl.float32)
-        xx *= xx
-        ps = tl.sum(M * (hs + behind * tl.sum(xx * adj[None, :], 1))[:, None], 0)
+        tl.store(adj_ends + row, adj, i < K)
+        hs += behind * tl.sum(xx * adj[None, :], 1)
+        if OF_WRITE_KEY:
+            M = tl.where(j[:, None] < j[None, :], M, tl.where(j[:, None] == j[None, :], 1.0, 0.0))
+            ps = tl.sum(M * hs[None, :], 1)
+        else:
+            ps = tl.sum(M * hs[:, None], 0)
         new = rest + kept * adj - tl.sum(xx * (eta * c2 * ps)[:, None], 0)
-        if WALK and BOX:
+        fired = False
+        if WALK:
+            fired = tl.load(active + (c + m) * HV + h) > 0
             if fired:
                 start = tl.load(starts + row, i < K, 0.0)
                 _path, inside = walk(k, rk, forget, e, start, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET)
@@ -475,13 +479,11 @@ def precondition_bwd_kernel(
                     if FORGET:
                         through *= tl.exp(one(forget, t, end, h, HV))
                     new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
-        else:
-            goes_on = goes_on & (fired == 0)
-            limit = tl.where(goes_on, limit, tl.maximum(limit, m))
-        tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(goes_on & (fired == 0), end, first))
-        adj = tl.where(goes_on, new, adj)
-    if not WALK:
-        tl.store(stops + n * HV + h, limit)
+        tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(fired, first, end))
+        adj = new
+    if BOX and not WALK:
+        if walked > 0:
+            tl.store(adj_ends + ((c + walked - 1) * HV + h) * K + i, adj, i < K)
     tl.store(d_adj_0 + at, adj, i < K)
 
 

@@ -10,25 +10,36 @@ import triton.language as tl
 
 
 @triton.jit
-def chunk_at(c, tokens, cu_seqlens, chunks, C: tl.constexpr, PACKED: tl.constexpr):
-    """First token of chunk c and the end of its sequence; (0, 0) for a chunk number that no chunk has."""
+def place(c, tokens, chunks, C: tl.constexpr, PACKED: tl.constexpr):
+    """Of chunk c, its sequence and its number in that; sequence -1 for a chunk number that no chunk has."""
     if PACKED:
         n = tl.load(chunks + 2 * c)
-        exists = n >= 0
-        begin = tl.load(cu_seqlens + n, mask=exists, other=0).to(tl.int64)
-        end = tl.load(cu_seqlens + n + 1, mask=exists, other=0).to(tl.int64)
-        first = begin + tl.load(chunks + 2 * c + 1) * C
+        m = tl.load(chunks + 2 * c + 1)
     else:
         per = tl.cdiv(tokens, C)
         n = (c // per).to(tl.int64)
-        first = n * tokens + (c % per) * C
+        m = c % per
+    return n, m
+
+
+@triton.jit
+def chunk_at(c, tokens, cu_seqlens, chunks, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token of chunk c and the end of its sequence; (0, 0) for a chunk number that no chunk has."""
+    n, m = place(c, tokens, chunks, C, PACKED)
+    if PACKED:
+        begin = tl.load(cu_seqlens + n, mask=n >= 0, other=0).to(tl.int64)
+        end = tl.load(cu_seqlens + n + 1, mask=n >= 0, other=0).to(tl.int64)
+        first = begin + m * C
+    else:
+        first = n * tokens + m * C
         end = (n + 1) * tokens
     return first, end
 
 
 @triton.jit
 def sequence_at(n, tokens, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr):
-    """First token, end and first chunk of the n-th segment, where each sequence has SPLIT segments of whole chunks."""
+    """Of the n-th segment, where each sequence has SPLIT segments of whole chunks: first token, end, first chunk, and
+    the chunks of its sequence before it."""
     g = n % SPLIT
     n = n // SPLIT
     if PACKED:
@@ -39,15 +50,9 @@ def sequence_at(n, tokens, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.
         begin = n.to(tl.int64) * tokens
         end = begin + tokens
         chunk = n.to(tl.int64) * tl.cdiv(tokens, C)
-    per = segment_length(begin, end, C, SPLIT)
+    per = tl.cdiv(tl.cdiv(end - begin, C), SPLIT)
     first = tl.minimum(begin + g * per * C, end)
-    return first, tl.minimum(begin + (g + 1) * per * C, end), chunk + g * per
-
-
-@triton.jit
-def segment_length(begin, end, C: tl.constexpr, SPLIT: tl.constexpr):
-    """In chunks; the last segments may be shorter or empty."""
-    return tl.cdiv(tl.cdiv(end - begin, C), SPLIT)
+    return first, tl.minimum(begin + (g + 1) * per * C, end), chunk + g * per, g * per
 
 
 @triton.jit
