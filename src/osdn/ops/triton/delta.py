@@ -17,7 +17,7 @@ Derivations: docs/math.md; what is rounded to bf16: docs/kernels.md.
 import triton
 import triton.language as tl
 
-from osdn.ops.triton.precondition import path, path_weights
+from osdn.ops.triton.precondition import forgetting, path
 from osdn.ops.triton.shared import (
     below,
     between,
@@ -129,8 +129,8 @@ def delta_intra_fwd_kernel(
             nk = per_token(rk, first, end, hk, H, C)
     fired = False
     if PRECONDITIONED:
-        W, G = path_weights(forget, e, first, end, h, eta, HV, C, FORGET)
-        W = W.to(DT)
+        R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+        R = R.to(DT)
         if BOX:
             fired = tl.load(active + c * HV + h) > 0
     A = tl.zeros([C, C], tl.float32)
@@ -145,8 +145,8 @@ def delta_intra_fwd_kernel(
         wn = kn
         if PRECONDITIONED:
             start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-            D, _ = path(
-                W, G, k, rk if L2NORM else None, forget, e, start, kn * kn, first, end, h, fired, eta, d_min, d_max,
+            D, _inside = path(
+                R, G, k, rk if L2NORM else None, forget, e, start, kn * kn, first, end, h, fired, eta, d_min, d_max,
                 H, HV, K, C, BB, FORGET, DT, PRECISION, at,
             )  # fmt: skip
             wn = D * kn
@@ -174,9 +174,9 @@ def delta_intra_fwd_kernel(
         A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
         if DECAY == 1:
             _, upto, _ = log_sums(g, first, end, h, HV, C)
-            R = between(upto, upto, C)
-            A *= R
-            PP *= R
+            decays = between(upto, upto, C)
+            A *= decays
+            PP *= decays
         if DECAY == 2:
             PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
         PP *= (scale * nq)[:, None]
@@ -195,9 +195,9 @@ def delta_intra_fwd_kernel(
 
 @triton.jit
 def scalar_decay(g, first, end, h, HV: tl.constexpr, C: tl.constexpr):
-    """exp of the sums of g up to each token and behind it [C], and over the chunk."""
+    """The sums of g up to each token, exp of them and of those behind it [C], and exp of that over the chunk."""
     _, upto, whole = log_sums(g, first, end, h, HV, C)
-    return exp(upto), exp(whole - upto), exp(whole)
+    return upto, exp(upto), exp(whole - upto), exp(whole)
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def row_factors(
             if not PRECONDITIONED:
                 fw = fk
         if DECAY == 1:
-            upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
+            _sums, upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
             fq *= upto
             fk *= upto
             fw *= behind
@@ -242,7 +242,7 @@ def delta_inter_fwd_kernel(
     bv = tl.program_id(0) % NV
     h = (tl.program_id(0) // NV) % HV
     n = tl.program_id(0) // (NV * HV)
-    begin, end, c, _ = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
     i = tl.arange(0, BK)
     r = tl.arange(0, C)
     u = bv * BV + tl.arange(0, BV)
@@ -305,7 +305,7 @@ def delta_inter_bwd_kernel(
     bv = tl.program_id(0) % NV
     h = (tl.program_id(0) // NV) % HV
     n = tl.program_id(0) // (NV * HV)
-    begin, end, c, _ = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
     i = tl.arange(0, BK)
     r = tl.arange(0, C)
     u = bv * BV + tl.arange(0, BV)
@@ -412,8 +412,7 @@ def delta_intra_bwd_kernel(
     behind = upto
     kept = 1.0
     if DECAY == 1:
-        upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
-        _, sums, _ = log_sums(g, first, end, h, HV, C)
+        sums, upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
         decays = between(sums, sums, C)
         dP *= decays
         dA *= decays

@@ -421,7 +421,8 @@ def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, s
     starts, maps = ((call.new(segments, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if d is None else _empty_path(call)
-    found = (None if d is None else torch.empty_like(d), T if d is None else None, P, starts, maps, *norms, *vars(path).values())
+    found = (None, T) if d is None else (torch.empty_like(d), None)
+    found = (*found, P, starts, maps, *norms, *vars(path).values())
     return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, *found)
 
 

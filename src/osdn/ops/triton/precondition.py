@@ -108,29 +108,34 @@ def walk(
 
 
 @triton.jit
-def path_weights(forget, e, first, end, h, eta, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
-    """W [C, C] and G [C] of d_t = G_t d + (W s)_t, where no clip fires."""
-    W = tl.zeros([C, C], tl.float32) + (eta * per_token(e, first, end, h, HV, C))[None, :]
+def forgetting(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
+    """R_{t-1,j} [C, C] below the diagonal, G_t and prod_{i > t} lambda_i [C]; G_C."""
+    R = tl.full([C, C], 1.0, tl.float32)
     G = tl.full([C], 1.0, tl.float32)
+    behind = G
+    kept = 1.0
     if FORGET:
-        before, upto, _ = log_sums(forget, first, end, h, HV, C)
-        W *= between(before, upto, C)
+        before, upto, whole = log_sums(forget, first, end, h, HV, C)
+        R = between(before, upto, C)
         G = exp(before)
-    return below(W, C, False), G
+        behind = exp(whole - upto)
+        kept = exp(whole)
+    return below(R, C, False), G, behind, kept
 
 
 @triton.jit
 def path(
-    W, G, k, rk, forget, e, d, s, first, end, h, fired, eta, d_min, d_max,
+    R, G, k, rk, forget, e, d, s, first, end, h, fired, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
 ):  # fmt: skip
-    """d_t [C, BK] from d before the chunk; `inside` is all ones where no clip fired."""
+    """d_t [C, BK] from d before the chunk, R and G from `forgetting`; `inside` is all ones where no clip fired."""
     inside = tl.full([BK], -1, tl.int64)
     if fired:
         D, inside = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
     else:
-        D = G[:, None] * d[None, :] + tl.dot(W.to(DT), s.to(DT), input_precision=PRECISION)
+        s *= (eta * per_token(e, first, end, h, HV, C))[:, None]
+        D = G[:, None] * d[None, :] + tl.dot(R.to(DT), s.to(DT), input_precision=PRECISION)
     return D, inside
 
 
@@ -174,11 +179,11 @@ def precondition_solve_kernel(
     tl.store(at, c1)
     tl.store(at + 2 * C, r2)
     if FORGET:
-        before, upto, whole = log_sums(forget, first, end, h, HV, C)
-        weights *= between(before, upto, C)
-        c2 *= exp(before)
-        tl.store(at + 3 * C, r2 * exp(whole - upto))
-        tl.store(at + 4 * C, tl.zeros([C], tl.float32) + exp(whole))
+        R, G, behind, kept = forgetting(forget, first, end, h, HV, C, FORGET)
+        weights *= R
+        c2 *= G
+        tl.store(at + 3 * C, r2 * behind)
+        tl.store(at + 4 * C, tl.zeros([C], tl.float32) + kept)
     tl.store(at + C, r2 * c2)
     if SOLVE:
         M = invert(below(L * weights, C, False), C, LEVELS, PRECISION)
@@ -233,7 +238,7 @@ def precondition_fwd_kernel(
     """
     n = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
-    begin, end, c, _ = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
+    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
     i = tl.arange(0, BK)
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
@@ -304,9 +309,7 @@ def precondition_check_kernel(
     i = tl.arange(0, BK)
     d = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
     x = keys(k, rk, first, end, h, H, HV, K, C, BK)
-    kept = 1.0
-    if FORGET:
-        kept = tl.exp(tl.sum(per_token(forget, first, end, h, HV, C), 0))
+    _R, _G, _behind, kept = forgetting(forget, first, end, h, HV, C, FORGET)
     tl.store(active + c * HV + h, 0)
     if not stays(d, kept, eta * per_token(e, first, end, h, HV, C), x * x, d_min, d_max, K, BK):
         tl.atomic_min(stops + n * HV + h, m.to(tl.int32))
@@ -322,7 +325,7 @@ def precondition_map_kernel(
     NV: tl.constexpr = (K + BV - 1) // BV
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
-    begin, end, c, _ = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
     i = tl.arange(0, BK)
     u = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
     D = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
@@ -353,24 +356,12 @@ def precondition_expand_kernel(
     fired = False
     if BOX:
         fired = tl.load(active + c * HV + h) > 0
-    W, G = path_weights(forget, e, first, end, h, eta, HV, C, FORGET)
-    D, _ = path(
-        W, G, k, rk, forget, e, start, x * x, first, end, h, fired, eta, d_min, d_max,
+    R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    D, _inside = path(
+        R, G, k, rk, forget, e, start, x * x, first, end, h, fired, eta, d_min, d_max,
         H, HV, K, C, BK, FORGET, tl.float32, PRECISION,
     )  # fmt: skip
     store_rows(d, D, first, end, h, HV, K, C, BK)
-
-
-@triton.jit
-def behind_weights(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
-    """R_{j-1,t} [C, C] at (t, j), j > t, and G_t [C]."""
-    R = tl.full([C, C], 1.0, tl.float32)
-    G = tl.full([C], 1.0, tl.float32)
-    if FORGET:
-        before, upto, _ = log_sums(forget, first, end, h, HV, C)
-        R = between(before, upto, C)
-        G = exp(before)
-    return tl.trans(below(R, C, False)), G
 
 
 @triton.jit
@@ -386,8 +377,8 @@ def precondition_local_kernel(
     first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
     if first >= end:
         return
-    R, G = behind_weights(forget, first, end, h, HV, C, FORGET)
-    R = R.to(DT)
+    R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    R = tl.trans(R.to(DT))
     hs = tl.zeros([C], tl.float32)
     for block in tl.static_range(0, BK // BB):
         x = keys(k, rk, first, end, h, H, HV, K, C, BB, block * BB)
@@ -481,9 +472,8 @@ def precondition_bwd_kernel(
                     new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
         tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(fired, first, end))
         adj = new
-    if BOX and not WALK:
-        if walked > 0:
-            tl.store(adj_ends + ((c + walked - 1) * HV + h) * K + i, adj, i < K)
+    if not WALK:
+        tl.store(adj_ends + ((c + walked - 1) * HV + h) * K + i, adj, i < tl.where(walked > 0, K, 0))
     tl.store(d_adj_0 + at, adj, i < K)
 
 
@@ -521,18 +511,12 @@ def precondition_grads_kernel(
         db = per_token(dbeta_rest, first, end, h, HV, C) if AWARE else None
     errors = per_token(e, first, end, h, HV, C)
     ps = eta * per_token(p, first, end, h, HV, C)
-    W, G = path_weights(forget, e, first, end, h, eta, HV, C, FORGET)
-    R, _ = behind_weights(forget, first, end, h, HV, C, FORGET)
+    R, G, behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
     R = R.to(DT)
-    behind = tl.full([C], 1.0, tl.float32)
-    if FORGET:
-        _, upto, whole = log_sums(forget, first, end, h, HV, C)
-        behind = exp(whole - upto)
-        lam = tl.exp(per_token(forget, first, end, h, HV, C))
     s = x * x
     c1, c2 = feedback(beta, tl.sum(s, 1), first, end, h, HV, C, AWARE, NORMALIZE)
     D, inside = path(
-        W, G, k, rk, forget, e, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
+        R, G, k, rk, forget, e, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
         PRECISION,
     )  # fmt: skip
     y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
@@ -548,7 +532,7 @@ def precondition_grads_kernel(
                 through *= tl.exp(one(forget, first + v, end, h, HV))
             adj = tl.where(live, tl.sum(tl.where(j[:, None] == v, z, 0.0), 0) + through, adj)
     else:
-        U = behind[:, None] * adj[None, :] + tl.dot(R, z.to(DT), input_precision=PRECISION)
+        U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
     ds = (eta * errors)[:, None] * U - (c2 * ps)[:, None] * D
     dc1 = ps
     dc2 = -ps * tl.sum(D * s, 1)
@@ -569,4 +553,4 @@ def precondition_grads_kernel(
             change += db
         tl.store(dbeta + t * HV + h, change, t < end)
     if FORGET:
-        tl.store(dforget + t * HV + h, tl.sum(U * D, 1) * lam, t < end)
+        tl.store(dforget + t * HV + h, tl.sum(U * D, 1) * tl.exp(per_token(forget, first, end, h, HV, C)), t < end)
