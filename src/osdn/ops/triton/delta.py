@@ -93,18 +93,17 @@ def norm(x, first, end, h, heads, K: tl.constexpr, C: tl.constexpr, BK: tl.const
 
 @triton.jit
 def delta_intra_fwd_kernel(
-    q, k, beta, g, forget, rq, rk, starts, e, active, solve, w, qx, kx, wx, decay, T, P, cu_seqlens, chunks,
+    q, k, beta, g, forget, rq, rk, starts, e, active, w, qx, kx, wx, decay, PT, cu_seqlens, chunks,
     scale, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr,
     BOX: tl.constexpr, PACKED: tl.constexpr, SOLVE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """With SOLVE, T and P [chunks, HV, C, C], rq and rk [tokens, H]; w [tokens, HV, K].
+    """w [tokens, HV, K]; with SOLVE also P and T -> PT [chunks, HV, C, C], rq and rk [tokens, H].
 
-    With DECAY = 2 also q, k, w with the decays to the chunk's start and end -> qx, kx, wx, and exp(sum g) -> decay. BB
-    channels at a time. Of the preconditioner's M and of T, both triangular with ones on the diagonal, SOLVE leaves one
-    square in `solve` [chunks, HV, C, C], M transposed above the diagonal; without SOLVE, T is taken from there.
+    T has ones on its diagonal: transposed, what it has besides lies above P in one square. With DECAY = 2 also q, k, w
+    with the decays to the chunk's start and end -> qx, kx, wx, and exp(sum g) -> decay. BB channels at a time.
     """
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
@@ -169,7 +168,6 @@ def delta_intra_fwd_kernel(
             wt = tl.trans(wn.to(DT))
             A = tl.dot(kr, wt, A, input_precision=PRECISION)
             PP = tl.dot(qr, wt, PP, input_precision=PRECISION)
-    square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
     if SOLVE:
         A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
         if DECAY == 1:
@@ -180,17 +178,18 @@ def delta_intra_fwd_kernel(
         if DECAY == 2:
             PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
         PP *= (scale * nq)[:, None]
-        tl.store(P + square, below(PP, C, True).to(P.dtype.element_ty))
-        inverse = invert(below(A, C, False), C, LEVELS, PRECISION).to(T.dtype.element_ty)
-        tl.store(T + square, inverse)
-        if PRECONDITIONED:
-            M = tl.trans(tl.load(solve + square))
-            tl.debug_barrier()  # behind which it may be written over
-            inverse = inverse.to(solve.dtype.element_ty, bitcast=True)
-            tl.store(solve + square, tl.where(r[:, None] > r[None, :], inverse, M))
-    elif PRECONDITIONED:
-        both = tl.load(solve + square).to(T.dtype.element_ty, bitcast=True)
-        tl.store(T + square, tl.where(r[:, None] > r[None, :], both, tl.where(r[:, None] == r[None, :], 1.0, 0.0)))
+        T = invert(below(A, C, False), C, LEVELS, PRECISION)
+        square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
+        tl.store(PT + square, tl.where(r[:, None] >= r[None, :], PP, tl.trans(T)).to(PT.dtype.element_ty))
+
+
+@triton.jit
+def p_and_t(PT, cell, C: tl.constexpr, DT: tl.constexpr):
+    """P, and (T - I)^T, of a chunk's square."""
+    r = tl.arange(0, C)
+    x = tl.load(PT + cell * C * C + r[:, None] * C + r[None, :])
+    lower = r[:, None] >= r[None, :]
+    return tl.where(lower, x, 0.0).to(DT), tl.where(lower, 0.0, x).to(DT)
 
 
 @triton.jit
@@ -227,7 +226,7 @@ def row_factors(
 
 @triton.jit
 def delta_inter_fwd_kernel(
-    q, k, w, v, beta, g, rq, rk, decay, T, P, S_0, o, S_end, states, U, cu_seqlens, first_chunk, scale, tokens,
+    q, k, w, v, beta, g, rq, rk, decay, PT, S_0, o, S_end, states, U, cu_seqlens, first_chunk, scale, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
     PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
@@ -263,19 +262,18 @@ def delta_inter_fwd_kernel(
         fq, fk, fw, kept = row_factors(g, rq, rk, first, end, h, H, HV, C, DECAY, PRECONDITIONED, L2NORM)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
-        Tc = tl.load(T + cell * C * C + r[:, None] * C + r[None, :])
+        P, T = p_and_t(PT, cell, C, DT)
         vr = tl.zeros([C, BV], tl.float32)
         if v is not None:
             vr = tl.load(v + value, live, 0.0).to(tl.float32)
         b = per_token(beta, first, end, h, HV, C)
         Sd = S.to(DT)
         B = (vr - tl.dot(kr, Sd, input_precision=PRECISION) * fk[:, None]) * b[:, None]
-        Uc = tl.dot(Tc.to(DT), B.to(DT), input_precision=PRECISION)
+        Uc = tl.dot(tl.trans(T), B.to(DT), B, input_precision=PRECISION)
         if o is not None:
             qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
-            Pc = tl.load(P + cell * C * C + r[:, None] * C + r[None, :])
             out = tl.dot(qr, Sd, input_precision=PRECISION) * (scale * fq)[:, None]
-            out += tl.dot(Pc.to(DT), Uc.to(DT), input_precision=PRECISION)
+            out += tl.dot(P, Uc.to(DT), input_precision=PRECISION)
             tl.store(o + value, out.to(o.dtype.element_ty), live)
         if states is not None:
             tl.store(states + cell * K * V + entries, S.to(states.dtype.element_ty), inside)
@@ -291,7 +289,7 @@ def delta_inter_fwd_kernel(
 
 @triton.jit
 def delta_inter_bwd_kernel(
-    q, k, w, beta, g, rq, rk, decay, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, scale, tokens,
+    q, k, w, beta, g, rq, rk, decay, PT, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, scale, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
     PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
@@ -325,17 +323,15 @@ def delta_inter_bwd_kernel(
         qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
-        square = r[:, None] * C + r[None, :]
-        Tc = tl.load(T + cell * C * C + square).to(DT)
-        Pc = tl.load(P + cell * C * C + square).to(DT)
+        P, T = p_and_t(PT, cell, C, DT)
         dor = tl.load(do + value, live, 0.0)
         b = per_token(beta, first, end, h, HV, C)
         dSd = dS.to(DT)
         if dstates is not None:
             tl.store(dstates + cell * K * V + entries, dS.to(dstates.dtype.element_ty), inside)
         dU = tl.dot(wr, dSd, input_precision=PRECISION) * fw[:, None]
-        dU += tl.dot(tl.trans(Pc), dor.to(DT), input_precision=PRECISION)
-        dBc = tl.dot(tl.trans(Tc), dU.to(DT), input_precision=PRECISION)
+        dU += tl.dot(tl.trans(P), dor.to(DT), input_precision=PRECISION)
+        dBc = tl.dot(T, dU.to(DT), dU, input_precision=PRECISION)
         if dB is not None:
             tl.store(dB + value, dBc.to(dB.dtype.element_ty), live)
         if DECAY == 1:

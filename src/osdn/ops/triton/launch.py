@@ -23,14 +23,14 @@ Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
 # By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
 CONFIGS: dict[str, list[Config]] = {
-    "precondition_solve_kernel": [{"BB": 32, "num_warps": 2}],
-    "precondition_fwd_kernel": [{"num_warps": 4, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
-    "precondition_check_kernel": [{"num_warps": 4}],
+    "precondition_solve_kernel": [{"BB": 32, "num_warps": 1}],
+    "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
+    "precondition_check_kernel": [{"num_warps": 2}],
     "precondition_map_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
     "chain_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
     "precondition_expand_kernel": [{"num_warps": 4}],
     "precondition_local_kernel": [{"BB": 64, "num_warps": 4}],
-    "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
+    "precondition_bwd_kernel": [{"num_warps": 4, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
     "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90}, {"BB": 128, "num_warps": 4}],
     "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 16, "num_warps": 4}],

@@ -195,9 +195,7 @@ def fetch(
     k, solve, factors, m, c, begin, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, FORGET: tl.constexpr,
 ):  # fmt: skip
-    """Of a segment's m-th chunk, k^2 and what the solve left: M, c1, r^2 c2 G, r^2, r^2 prod lambda, G_C [BK].
-
-    In the backward of the delta rule, M is M^T and has T below the diagonal."""
+    """Of a segment's m-th chunk, k^2 and what the solve left: M, c1, r^2 c2 G, r^2, r^2 prod lambda, G_C [BK]."""
     j = tl.arange(0, C)
     i = tl.arange(0, BK)
     cell = (c + m) * HV + h
@@ -436,12 +434,7 @@ def precondition_bwd_kernel(
         row = ((c + m) * HV + h) * K + i
         rest = tl.load(adj_local + row, i < K, 0.0)
         tl.store(adj_ends + row, adj, i < K)
-        hs += behind * tl.sum(xx * adj[None, :], 1)
-        if OF_WRITE_KEY:
-            M = tl.where(j[:, None] < j[None, :], M, tl.where(j[:, None] == j[None, :], 1.0, 0.0))
-            ps = tl.sum(M * hs[None, :], 1)
-        else:
-            ps = tl.sum(M * hs[:, None], 0)
+        ps = tl.sum(M * (hs + behind * tl.sum(xx * adj[None, :], 1))[:, None], 0)
         new = rest + kept * adj - tl.sum(xx * (eta * c2 * ps)[:, None], 0)
         fired = False
         if WALK:
