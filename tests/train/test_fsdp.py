@@ -110,8 +110,8 @@ def test_a_killed_sharded_run_goes_on_and_is_that_of_one_process(run, kill, tmp_
     with capsys.disabled():
         off = max(abs(a / b - 1) for a, b in zip(losses(two), losses(one)))
         print(f"\n2 {two['device_type']} processes, fp32: losses differ by {off:.1e}, losses {losses(two)}")
-    # Rounding is 1e-7, and AdamW makes more of it where a gradient is next to nothing. Gradients of one process alone
-    # or a step that is left out change losses by 1e-2.
+    # Rounding is 1e-7, and AdamW makes more of it where a gradient is next to nothing. Going on from another place in
+    # the data changes the next loss by 2e-3.
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=0)
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
     assert losses(two)[-1] < losses(two)[0] - 1
