@@ -43,11 +43,13 @@ aot: env
 bench: env
 	$(BIN)/python -m osdn.bench --suite cpu
 
-# On a CUDA machine, with the interpreter it has, which needs torch, triton, transformers and pytest; no venv.
+# On a CUDA machine, with the interpreter it has, which needs torch, triton, transformers and pytest; no venv. What needs
+# two GPUs, or what osdn[train] brings, is skipped where they are missing, with the reason.
 gpu-test:
 	@$(PYTHON) -c 'import sys, torch; \
 	sys.exit(None if torch.cuda.is_available() else f"gpu-test needs a CUDA device, and torch {torch.__version__} sees none")'
-	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest tests/ops/test_triton.py tests/ops/test_step.py tests/ops/test_chunked.py
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -rs tests/ops/test_triton.py tests/ops/test_step.py \
+	tests/ops/test_chunked.py tests/train/test_fsdp.py tests/train/test_sharded.py
 
 # As above, and tyro. BENCH selects, since peers tune for minutes: make gpu-bench BENCH="--only 'osdn*' --limit 540".
 gpu-bench:

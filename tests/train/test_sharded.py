@@ -1,6 +1,7 @@
-"""Two processes on one CPU, over gloo."""
+"""Two processes over gloo; where there are GPUs, the sharding by hand on two of them, over NCCL."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,18 @@ import osdn
 from osdn.train import train
 from osdn.train.sharded import load_sharded
 
+pytest.importorskip("osdn.train.run", reason="needs what pip install 'osdn[train]' brings")
 WORKER = Path(__file__).with_name("worker.py")
+GPUS = torch.cuda.device_count()
 
 
 def torchrun(task, folder):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), task, str(folder)]
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}  # float32 is compared
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.skipif(GPUS == 1, reason="needs two CUDA devices, or none to run over gloo; torch sees one")
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # of dcp.save, here in one process
 def test_fully_sharded_training_is_that_of_one_process(tmp_path):
     """Parameters are DTensors; losses agree but for the order of sums in fp32. From the meta device, through shards in
@@ -43,7 +48,8 @@ def test_fully_sharded_training_is_that_of_one_process(tmp_path):
     found = json.loads((tmp_path / "sharded.json").read_text())
     assert found["special"] == special
     assert len(special) == 4
-    torch.testing.assert_close(found["losses"], steps(model, batch), rtol=1e-5, atol=0)
+    # The CPU's operator and the kernels of a GPU order their sums in other ways, too.
+    torch.testing.assert_close(found["losses"], steps(model, batch), rtol=1e-3 if GPUS else 1e-5, atol=0)
     assert found["losses"][-1] < found["losses"][0]
 
     whole = osdn.OSDNForCausalLM(small_config())
@@ -51,7 +57,8 @@ def test_fully_sharded_training_is_that_of_one_process(tmp_path):
     whole.save_pretrained(tmp_path / "whole")
     again = osdn.OSDNForCausalLM.from_pretrained(tmp_path / "whole")
     for name, p in model.named_parameters():
-        torch.testing.assert_close(again.get_parameter(name), p, rtol=1e-3, atol=1e-4, msg=name)
+        # AdamW makes whole steps of rounding where a gradient is next to nothing; untrained ones are 0.1 away.
+        assert (again.get_parameter(name) - p).norm() < (2e-2 if GPUS else 1e-3) * p.norm(), name
         assert torch.equal(again.get_parameter(name), whole.get_parameter(name))
     assert max((again.get_parameter(n) - torch.tensor(special[n])).abs().max() for n in names) > 1e-3  # it was trained
 

@@ -1,4 +1,7 @@
-"""What each of two processes does; started by test_sharded.py through torchrun. usage: worker.py TASK FOLDER"""
+"""What each of two processes does; started by the tests through torchrun.
+
+usage: worker.py sharded|plain|fsdp FOLDER, or worker.py cli ARGUMENTS, `osdn ARGUMENTS` with FSDP on CPU, too.
+"""
 
 import io
 import json
@@ -50,13 +53,16 @@ def shard(model):
 
 def sharded(folder):
     """fully_shard from the meta device, filled from a checkpoint, trained, and saved in shards."""
-    dist.init_process_group("gloo")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     rank = dist.get_rank()
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     with torch.device("meta"):
         model = osdn.OSDNForCausalLM(small_config())
     model = shard(model)
     assert all(isinstance(p, DTensor) and p.is_meta for p in model.parameters())
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     with torch.no_grad():
         for p in model.parameters():  # what is not loaded is seen
             p.fill_(float("nan"))
@@ -68,7 +74,7 @@ def sharded(folder):
         n: p.full_tensor().tolist() for n, p in model.named_parameters() if n.endswith(("d0", "forget_proj.bias"))
     }
 
-    losses = torch.tensor(steps(model, lambda step: batch(step)[2 * rank : 2 * rank + 2]))
+    losses = torch.tensor(steps(model, lambda step: batch(step)[2 * rank : 2 * rank + 2].to(device)), device=device)
     dist.all_reduce(losses)
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "end" / "pytorch_model_fsdp_0")
     if rank == 0:
@@ -86,9 +92,29 @@ def trained(folder, **fields):
         (folder / "error").write_text(str(error))
 
 
+def fsdp_on_cpu():
+    """accelerate ignores FSDP where processes are of its kind MULTI_CPU; let it take them for another."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    init = PartialState.__init__
+
+    def renamed(self, *args, **options):
+        init(self, *args, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = renamed
+
+
 if __name__ == "__main__":
     task, folder = sys.argv[1], Path(sys.argv[2])
-    if task == "sharded":
+    if task == "cli":
+        from osdn.cli import main
+
+        fsdp_on_cpu()
+        sys.exit(main(sys.argv[2:]))
+    elif task == "sharded":
         sharded(folder)
     else:
         trained(folder, fsdp=task == "fsdp")

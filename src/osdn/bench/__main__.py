@@ -27,9 +27,9 @@ from osdn.runs.provenance import provenance
 class Config:
     """Measure speed and memory, behind a correctness gate.
 
-    cpu: beside transformers' chunked gated delta rule. step: whole training steps on the CPU, beside the same model
-    around that rule. gpu: beside the kernels of flash-linear-attention and FlashQLA,
-    where they import; runs of one device and day go into one file."""
+    cpu: beside transformers' chunked gated delta rule. step: whole training steps, on a GPU where there is one, beside
+    the same model around that rule, there also around flash-linear-attention's where it imports. gpu: beside the
+    kernels of flash-linear-attention and FlashQLA, where they import; runs of one device and day go into one file."""
 
     suite: Literal["cpu", "step", "gpu"] = "cpu"
     threads: int | None = None

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,12 +168,15 @@ def _require_documents(documents: Documents, config: TrainConfig) -> None:
 
 
 def _arguments(config: TrainConfig, out: Path, accumulation: int) -> TrainingArguments:
+    # transformers' name for it since some release after 5.17.
+    renamed = any(field.name == "activation_checkpointing" for field in fields(TrainingArguments))
     # FSDP brings its own recomputation, which knows of its gathered parameters.
-    sharding: dict[str, Any] = {"activation_checkpointing": config.checkpoint_activations and not config.fsdp}
+    recompute = config.checkpoint_activations and not config.fsdp
+    sharding: dict[str, Any] = {f"{'activation' if renamed else 'gradient'}_checkpointing": recompute}
     if config.fsdp:
         own = {"state_dict_type": "SHARDED_STATE_DICT", "activation_checkpointing": config.checkpoint_activations}
         sharding |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True, **own}}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch,
@@ -203,6 +206,8 @@ def _arguments(config: TrainConfig, out: Path, accumulation: int) -> TrainingArg
         use_cache=True,  # what the model's config is to say; training makes no cache whatever it says
         **sharding,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process that sees more would spread its batches by DataParallel
+    return arguments
 
 
 def _on_main_process(rank: int, action: Callable[[], T]) -> T:

@@ -7,13 +7,15 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -46,6 +48,10 @@ class OSDNTrainer(Trainer):
         self.last_loss = torch.tensor(progress["last_loss"])
         self.began: tuple[float, int] | None = None
         super().__init__(data_collator=collate, **options)
+        if self.is_fsdp_enabled:
+            # With bf16, accelerate's own policy rounds all parameters, d0 and biases too, their gradients' sums and the
+            # loss. They stay in float32: what is computed in bf16 is autocast's to say, as without FSDP.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.remove_callback(PrinterCallback)
         self.add_callback(self.skip)
         self.add_callback(LogWhereSaved())
@@ -73,6 +79,15 @@ class OSDNTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_names(model)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
+        """Of the loss in training. accelerate puts a model's `forward` into autocast, but not where it shards it.
+
+        There autocast keeps no copies of weights: each is needed once, and they would outlive what FSDP has gathered.
+        """
+        if not self.is_fsdp_enabled:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The loss to be logged; where it is not finite, the last one that was, as the step is going to be skipped."""
