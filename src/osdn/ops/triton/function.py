@@ -24,7 +24,7 @@ from torch import Tensor
 from osdn.ops.options import Preconditioner
 from osdn.ops.triton import delta
 from osdn.ops.triton import precondition as kernels
-from osdn.ops.triton.launch import capability, launch
+from osdn.ops.triton.launch import capability, launch, processors
 from osdn.ops.triton.shared import chain_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -121,7 +121,10 @@ class _Call:
 
     def by_chunk(self, kernel: Any, **arguments: Any) -> None:
         cu, table, _ = self.tables
-        self._launch(kernel, self.chunk_count * self.HV, arguments, cu_seqlens=cu, chunks=table)
+        cells = self.chunk_count * self.HV
+        # Where the box is active, chunks in which clips fired are done again, token by token.
+        for fired in (False, True)[: 1 + (arguments.get("BOX", False) and "FIRED" in kernel.arg_names)]:
+            self._launch(kernel, cells, {**arguments, "cells": cells, "FIRED": fired}, cu_seqlens=cu, chunks=table)
 
     def by_segment(self, kernel: Any, **arguments: Any) -> None:
         cu, _, first = self.tables
@@ -155,6 +158,8 @@ class _Call:
         takes = {name: everything[name] for name in kernel.arg_names if name in everything}
 
         def grid(meta: dict[str, Any]) -> tuple[int]:
+            if "GRID" in meta:
+                return (min(programs, meta["GRID"] * processors(self.k.device)),)
             return (programs * (-(-meta.get("V", meta["K"]) // meta["BV"]) if kernel in _OVER_V else 1),)
 
         launch(kernel, grid, self.k.device, **takes)
