@@ -180,8 +180,7 @@ def launches(name: str) -> list[Launch]:
     for case in cases():
 
         def record(kernel: Any, _grid: Any, arguments: dict[str, Any], _config: Any, case: Case = case) -> None:
-            configs = launch.configs(kernel.__name__, arguments, since)
-            found.append(Launch(kernel, arguments, list(map(launch.compiled, configs)), case))
+            found.append(Launch(kernel, arguments, launch.configs(kernel.__name__, arguments, since), case))
 
         with (
             patch.object(launch, "_run", record),

@@ -93,102 +93,90 @@ def norm(x, first, end, h, heads, K: tl.constexpr, C: tl.constexpr, BK: tl.const
 
 @triton.jit
 def delta_intra_fwd_kernel(
-    q, k, beta, g, forget, rq, rk, starts, e, active, w, qx, kx, wx, decay, PT, cu_seqlens, chunks,
-    scale, eta, d_min, d_max, tokens, cells,
+    q, k, beta, g, forget, rq, rk, starts, e, active, w, qx, kx, wx, decay, T, P, cu_seqlens, chunks,
+    scale, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr,
-    FIRED: tl.constexpr, PACKED: tl.constexpr, SOLVE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, STAGES: tl.constexpr,
+    BOX: tl.constexpr, PACKED: tl.constexpr, SOLVE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """w [tokens, HV, K]; with SOLVE also P and T -> PT [chunks, HV, C, C], rq and rk [tokens, H].
+    """T (with SOLVE) and P [chunks, HV, C, C]; w [tokens, HV, K]; rq and rk [tokens, H].
 
-    T has ones on its diagonal: transposed, what it has besides lies above P in one square. With DECAY = 2 also q, k, w
-    with the decays to the chunk's start and end -> qx, kx, wx, and exp(sum g) -> decay. BB channels at a time.
+    With DECAY = 2 also q, k, w with the decays to the chunk's start and end -> qx, kx, wx, and exp(sum g) -> decay. BB
+    channels at a time.
     """
-    for cell in tl.range(tl.program_id(0), cells, tl.num_programs(0), num_stages=STAGES):
-        c = tl.zeros([], tl.int64) + cell // HV
-        h = cell % HV
-        hk = h // (HV // H)
-        wanted = True
-        if FIRED:
-            wanted = tl.load(active + c * HV + h) > 0
-        if wanted:
-            first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
-            r = tl.arange(0, C)
-            t = first + r
-            nk = tl.full([C], 1.0, tl.float32)
-            nq = nk
-            if L2NORM:
-                nq = norm(q, first, end, hk, H, K, C, BK) if SOLVE else per_token(rq, first, end, hk, H, C)
-                if SOLVE and not PRECONDITIONED:
-                    nk = norm(k, first, end, hk, H, K, C, BK)
-                else:
-                    nk = per_token(rk, first, end, hk, H, C)
-            if PRECONDITIONED:
-                R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
-                R = R.to(DT)
-            A = tl.zeros([C, C], tl.float32)
-            PP = tl.zeros([C, C], tl.float32)
-            diagonal = tl.zeros([C], tl.float32)
-            for block in tl.range(0, BK // BB, disable_licm=True):
-                at = block * BB
-                i = at + tl.arange(0, BB)
-                kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
-                qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
-                kn = kr.to(tl.float32) * nk[:, None]
-                wn = kn
-                if PRECONDITIONED:
-                    start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-                    D, _inside = path(
-                        R, G, k, rk if L2NORM else None, forget, e, start, kn * kn, first, end, h, eta, d_min, d_max,
-                        H, HV, K, C, BB, FORGET, FIRED, DT, PRECISION, at,
-                    )  # fmt: skip
-                    wn = D * kn
-                    store_rows(w, wn, first, end, h, HV, K, C, BB, at)
-                if DECAY == 2:
-                    x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
-                    upto, behind, kept = upto_and_behind(g, x, first, end, h, HV, K, C, BB, at)
-                    store_rows(qx, qr.to(tl.float32) * nq[:, None] * upto, first, end, h, HV, K, C, BB, at)
-                    store_rows(kx, kn * upto, first, end, h, HV, K, C, BB, at)
-                    store_rows(wx, wn * behind, first, end, h, HV, K, C, BB, at)
-                    tl.store(decay + (c * HV + h) * K + i, kept, i < K)
-                    if SOLVE:
-                        diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
-                        wd = wn.to(DT)
-                        lowest = first_level(x)
-                        for level in tl.range(lowest, tl.where(lowest < 0, 0, LEVELS), disable_licm=True):
-                            row, col, pairs = factors(x, level, C, EXACT)
-                            A, PP = meet(kr, qr, wd, row, col, pairs, A, PP, DT, PRECISION)
-                elif SOLVE:
-                    wt = tl.trans(wn.to(DT))
-                    A = tl.dot(kr, wt, A, input_precision=PRECISION)
-                    PP = tl.dot(qr, wt, PP, input_precision=PRECISION)
-            if SOLVE:
-                if L2NORM:
-                    tl.store(rq + t * H + hk, nq, t < end)
-                    if not PRECONDITIONED:
-                        tl.store(rk + t * H + hk, nk, t < end)
-                A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
-                if DECAY == 1:
-                    _, upto, _ = log_sums(g, first, end, h, HV, C)
-                    decays = between(upto, upto, C)
-                    A *= decays
-                    PP *= decays
-                if DECAY == 2:
-                    PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
-                PP *= (scale * nq)[:, None]
-                T = invert(below(A, C, False), C, LEVELS, PRECISION)
-                square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
-                tl.store(PT + square, tl.where(r[:, None] >= r[None, :], PP, tl.trans(T)).to(PT.dtype.element_ty))
-
-
-@triton.jit
-def p_and_t(PT, cell, C: tl.constexpr, DT: tl.constexpr):
-    """P, and (T - I)^T, of a chunk's square."""
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    hk = h // (HV // H)
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
     r = tl.arange(0, C)
-    x = tl.load(PT + cell * C * C + r[:, None] * C + r[None, :])
-    lower = r[:, None] >= r[None, :]
-    return tl.where(lower, x, 0.0).to(DT), tl.where(lower, 0.0, x).to(DT)
+    t = first + r
+    nk = tl.full([C], 1.0, tl.float32)
+    nq = nk
+    if L2NORM:
+        nq = norm(q, first, end, hk, H, K, C, BK)
+        tl.store(rq + t * H + hk, nq, t < end)
+        if PRECONDITIONED:
+            nk = per_token(rk, first, end, hk, H, C)
+        else:
+            nk = norm(k, first, end, hk, H, K, C, BK)
+            tl.store(rk + t * H + hk, nk, t < end)
+    fired = False
+    if PRECONDITIONED:
+        R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+        R = R.to(DT)
+        if BOX:
+            fired = tl.load(active + c * HV + h) > 0
+    A = tl.zeros([C, C], tl.float32)
+    PP = tl.zeros([C, C], tl.float32)
+    diagonal = tl.zeros([C], tl.float32)
+    for block in tl.range(0, BK // BB, disable_licm=True):
+        at = block * BB
+        i = at + tl.arange(0, BB)
+        kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
+        qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
+        kn = kr.to(tl.float32) * nk[:, None]
+        wn = kn
+        if PRECONDITIONED:
+            start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+            D, _inside = path(
+                R, G, k, rk if L2NORM else None, forget, e, start, kn * kn, first, end, h, fired, eta, d_min, d_max,
+                H, HV, K, C, BB, FORGET, DT, PRECISION, at,
+            )  # fmt: skip
+            wn = D * kn
+            store_rows(w, wn, first, end, h, HV, K, C, BB, at)
+        if DECAY == 2:
+            x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
+            upto, behind, kept = upto_and_behind(g, x, first, end, h, HV, K, C, BB, at)
+            store_rows(qx, qr.to(tl.float32) * nq[:, None] * upto, first, end, h, HV, K, C, BB, at)
+            store_rows(kx, kn * upto, first, end, h, HV, K, C, BB, at)
+            store_rows(wx, wn * behind, first, end, h, HV, K, C, BB, at)
+            tl.store(decay + (c * HV + h) * K + i, kept, i < K)
+            diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
+            wd = wn.to(DT)
+            lowest = first_level(x)
+            for level in tl.range(lowest, tl.where(lowest < 0, 0, LEVELS), disable_licm=True):
+                row, col, pairs = factors(x, level, C, EXACT)
+                A, PP = meet(kr, qr, wd, row, col, pairs, A, PP, DT, PRECISION)
+        else:
+            wt = tl.trans(wn.to(DT))
+            A = tl.dot(kr, wt, A, input_precision=PRECISION)
+            PP = tl.dot(qr, wt, PP, input_precision=PRECISION)
+    A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
+    if DECAY == 1:
+        _, upto, _ = log_sums(g, first, end, h, HV, C)
+        decays = between(upto, upto, C)
+        A *= decays
+        PP *= decays
+    if DECAY == 2:
+        PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
+    PP *= (scale * nq)[:, None]
+    square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
+    tl.store(P + square, below(PP, C, True).to(P.dtype.element_ty))
+    if SOLVE:
+        tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION).to(T.dtype.element_ty))
 
 
 @triton.jit
@@ -225,7 +213,7 @@ def row_factors(
 
 @triton.jit
 def delta_inter_fwd_kernel(
-    q, k, w, v, beta, g, rq, rk, decay, PT, S_0, o, S_end, states, U, cu_seqlens, first_chunk, scale, tokens,
+    q, k, w, v, beta, g, rq, rk, decay, T, P, S_0, o, S_end, states, U, cu_seqlens, first_chunk, scale, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
     PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
@@ -261,18 +249,19 @@ def delta_inter_fwd_kernel(
         fq, fk, fw, kept = row_factors(g, rq, rk, first, end, h, H, HV, C, DECAY, PRECONDITIONED, L2NORM)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
-        P, T = p_and_t(PT, cell, C, DT)
+        Tc = tl.load(T + cell * C * C + r[:, None] * C + r[None, :])
         vr = tl.zeros([C, BV], tl.float32)
         if v is not None:
             vr = tl.load(v + value, live, 0.0).to(tl.float32)
         b = per_token(beta, first, end, h, HV, C)
         Sd = S.to(DT)
         B = (vr - tl.dot(kr, Sd, input_precision=PRECISION) * fk[:, None]) * b[:, None]
-        Uc = tl.dot(tl.trans(T), B.to(DT), B, input_precision=PRECISION)
+        Uc = tl.dot(Tc.to(DT), B.to(DT), input_precision=PRECISION)
         if o is not None:
             qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
+            Pc = tl.load(P + cell * C * C + r[:, None] * C + r[None, :])
             out = tl.dot(qr, Sd, input_precision=PRECISION) * (scale * fq)[:, None]
-            out += tl.dot(P, Uc.to(DT), input_precision=PRECISION)
+            out += tl.dot(Pc.to(DT), Uc.to(DT), input_precision=PRECISION)
             tl.store(o + value, out.to(o.dtype.element_ty), live)
         if states is not None:
             tl.store(states + cell * K * V + entries, S.to(states.dtype.element_ty), inside)
@@ -288,7 +277,7 @@ def delta_inter_fwd_kernel(
 
 @triton.jit
 def delta_inter_bwd_kernel(
-    q, k, w, beta, g, rq, rk, decay, PT, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, scale, tokens,
+    q, k, w, beta, g, rq, rk, decay, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, scale, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
     PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
@@ -322,15 +311,17 @@ def delta_inter_bwd_kernel(
         qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
-        P, T = p_and_t(PT, cell, C, DT)
+        square = r[:, None] * C + r[None, :]
+        Tc = tl.load(T + cell * C * C + square).to(DT)
+        Pc = tl.load(P + cell * C * C + square).to(DT)
         dor = tl.load(do + value, live, 0.0)
         b = per_token(beta, first, end, h, HV, C)
         dSd = dS.to(DT)
         if dstates is not None:
             tl.store(dstates + cell * K * V + entries, dS.to(dstates.dtype.element_ty), inside)
         dU = tl.dot(wr, dSd, input_precision=PRECISION) * fw[:, None]
-        dU += tl.dot(tl.trans(P), dor.to(DT), input_precision=PRECISION)
-        dBc = tl.dot(T, dU.to(DT), dU, input_precision=PRECISION)
+        dU += tl.dot(tl.trans(Pc), dor.to(DT), input_precision=PRECISION)
+        dBc = tl.dot(tl.trans(Tc), dU.to(DT), input_precision=PRECISION)
         if dB is not None:
             tl.store(dB + value, dBc.to(dB.dtype.element_ty), live)
         if DECAY == 1:

@@ -24,7 +24,7 @@ from torch import Tensor
 from osdn.ops.options import Preconditioner
 from osdn.ops.triton import delta
 from osdn.ops.triton import precondition as kernels
-from osdn.ops.triton.launch import capability, launch, processors
+from osdn.ops.triton.launch import capability, launch
 from osdn.ops.triton.shared import chain_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -121,10 +121,7 @@ class _Call:
 
     def by_chunk(self, kernel: Any, **arguments: Any) -> None:
         cu, table, _ = self.tables
-        cells = self.chunk_count * self.HV
-        # Where the box is active, chunks in which clips fired are done again, token by token.
-        for fired in (False, True)[: 1 + (arguments.get("BOX", False) and "FIRED" in kernel.arg_names)]:
-            self._launch(kernel, cells, {**arguments, "cells": cells, "FIRED": fired}, cu_seqlens=cu, chunks=table)
+        self._launch(kernel, self.chunk_count * self.HV, arguments, cu_seqlens=cu, chunks=table)
 
     def by_segment(self, kernel: Any, **arguments: Any) -> None:
         cu, _, first = self.tables
@@ -158,8 +155,6 @@ class _Call:
         takes = {name: everything[name] for name in kernel.arg_names if name in everything}
 
         def grid(meta: dict[str, Any]) -> tuple[int]:
-            if "GRID" in meta:
-                return (min(programs, meta["GRID"] * processors(self.k.device)),)
             return (programs * (-(-meta.get("V", meta["K"]) // meta["BV"]) if kernel in _OVER_V else 1),)
 
         launch(kernel, grid, self.k.device, **takes)
@@ -291,22 +286,22 @@ class _Delta:
             "PRECONDITIONED": self.rule is not None,
         }  # fmt: skip
 
-    def intra(self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, PT: Tensor | None) -> dict[str, Any]:
-        """What the passes over chunks read: q, k, w (with a channel's decays in them), P and T unless given."""
-        call, HV, K, solve = self.call, self.call.HV, self.k.shape[3], PT is None
-        if PT is None:
-            PT = call.new(call.chunk_count, HV, call.C, call.C, dtype=call.stored)
+    def intra(self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, T: Tensor | None) -> dict[str, Any]:
+        """What the passes over chunks read: q, k, w (with a channel's decays in them), P, and T unless given."""
+        call, HV, K = self.call, self.call.HV, self.k.shape[3]
+        square = (call.chunk_count, HV, call.C, call.C)
+        inverse = call.new(*square, dtype=call.stored) if T is None else None
+        P = call.new(*square, dtype=call.stored)
         w = None if self.rule is None else call.tokens(HV, K, dtype=call.stored)
         qx, kx, wx = (call.tokens(HV, K, dtype=call.stored) if self.DECAY == 2 else None for _ in range(3))
         decay = call.new(call.chunk_count, HV, K) if self.DECAY == 2 else None
         none = {"k": self.k, "forget": None, "eta": 0.0, "d_min": 0.0, "d_max": 0.0, "FORGET": False, "BOX": False}
         rule = none if self.rule is None else self.rule.arguments
-        if solve or self.rule is not None or self.DECAY == 2:
-            call.by_chunk(
-                delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, w=w, qx=qx, kx=kx, wx=wx, decay=decay, PT=PT,
-                SOLVE=solve, **rule | self.common | vars(path or _Path()),
-            )  # fmt: skip
-        found = {"decay": decay, "PT": PT, "rq": rq, "rk": rk, "w": w}
+        call.by_chunk(
+            delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, w=w, qx=qx, kx=kx, wx=wx, decay=decay, T=inverse, P=P,
+            SOLVE=T is None, **rule | self.common | vars(path or _Path()),
+        )  # fmt: skip
+        found = {"decay": decay, "T": inverse if T is None else T, "P": P, "rq": rq, "rk": rk, "w": w}
         return found | ({} if qx is None else {"qx": qx, "kx": kx, "wx": wx})
 
     def inter(self, kernel: Any, intra: dict[str, Any], **arguments: Any) -> None:
@@ -318,7 +313,7 @@ class _Delta:
     def forward(
         self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, S: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """o, S at the end, and what is kept: P and T, S before and the maps of segments."""
+        """o, S at the end, and what is kept: T, P where that is not too much, S before and the maps of segments."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
         intra = self.intra(rq, rk, path, None)
         o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
@@ -331,7 +326,9 @@ class _Delta:
             pass_on(**nothing | {"v": self.v, "S_end": ends})
             S = starts = call.chain(maps, ends, S, back=False)
         pass_on(**nothing | {"v": self.v, "S_0": S, "o": o, "S_end": ends})
-        return o, call.of_sequences(ends, -1), [intra["PT"], starts, maps]
+        # With w, or with q, k and w under a decay per channel, more would be kept than users of this layer expect.
+        P = None if self.rule is not None or self.DECAY == 2 else intra["P"]
+        return o, call.of_sequences(ends, -1), [intra["T"], P, starts, maps]
 
     def backward(
         self, do: Tensor, dS_end: Tensor | None, S: Tensor | None, kept: list[Tensor | None], rq: Tensor | None,
@@ -339,8 +336,8 @@ class _Delta:
     ) -> dict[str, Tensor | None]:  # fmt: skip
         """Gradients by name; with a preconditioner, dk is that of k as used, without the part that comes through w."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
-        PT, starts, maps = kept
-        intra = self.intra(rq, rk, path, PT)
+        T, P, starts, maps = kept
+        intra = {"T": T, "P": P, "w": None, "rq": rq, "rk": rk} if P is not None else self.intra(rq, rk, path, T)
         states, dstates = (call.new(call.chunk_count, HV, K, V, dtype=call.stored) for _ in range(2))
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
         S_0 = S if starts is None else starts
@@ -416,12 +413,14 @@ def _delta_rule(
 def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, scale, chunk_size):  # type: ignore[no-untyped-def]
     call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, _chunk(chunk_size, g))
     n, HV, K, V = call.chunk_count, call.HV, k.shape[3], v.shape[3]
-    PT = call.new(n, HV, call.C, call.C, dtype=call.stored)
+    T, P = (call.new(n, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
     segments = call.N * call.SPLIT
     starts, maps = ((call.new(segments, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if d is None else _empty_path(call)
-    found = (None if d is None else torch.empty_like(d), PT, starts, maps, *norms, *vars(path).values())
+    keeps = d is None and (g is None or g.ndim == 3)
+    found = (None if d is None else torch.empty_like(d), T, P if keeps else None, starts, maps, *norms)
+    found += tuple(vars(path).values())
     return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, *found)
 
 
@@ -445,8 +444,8 @@ def _delta_rule_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, beta, g, forget, S and d; empty where there is no such input."""
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
-    *kept, rq, rk = _or_none(*saved[:5])
-    path = _or_none(*saved[5:])
+    *kept, rq, rk = _or_none(*saved[:6])
+    path = _or_none(*saved[6:])
     at = None if parts.rule is None else _Path(*path)
     found = parts.backward(do, dS, S, kept, rq, rk, at)
     dq, dk, dbeta, dw, dforget, dd_0 = (*(found[n] for n in ("dq", "dk", "dbeta", "dw")), None, None)
@@ -563,7 +562,7 @@ delta_rule = _differentiable(
     "triton_delta_rule",
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? forget, Tensor? S, Tensor? d, Tensor? cu_seqlens, "
     "float[] rule, bool l2norm, float scale, int chunk_size",
-    _tensors(14), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
+    _tensors(15), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
 )  # fmt: skip
 precondition_rule = _differentiable(
     "triton_precondition",

@@ -22,29 +22,22 @@ Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
 # By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
-# GRID: programs per processor, of a kernel whose programs each work through several chunks.
 CONFIGS: dict[str, list[Config]] = {
-    "precondition_solve_kernel": [{"BB": 32, "num_warps": 1}],
+    "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
-    "precondition_check_kernel": [{"num_warps": 2, "STAGES": 3, "GRID": 8}, {"num_warps": 2, "STAGES": 1, "GRID": 8}],
-    "precondition_map_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
+    "precondition_check_kernel": [{"num_warps": 2}],
+    "precondition_map_kernel": [
+        {"BV": 64, "num_warps": 4, "SINCE": 90},
+        {"BV": 32, "num_warps": 4},
+        {"BV": 16, "num_warps": 4},
+    ],
     "chain_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
-    "precondition_expand_kernel": [{"num_warps": 4, "STAGES": 1, "GRID": 4}],
-    "precondition_local_kernel": [
-        {"BB": 64, "num_warps": 4, "STAGES": 3, "GRID": 2, "SINCE": 90},
-        {"BB": 64, "num_warps": 4, "STAGES": 1, "GRID": 3},
-    ],
-    "precondition_bwd_kernel": [{"num_warps": 4, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
-    "precondition_grads_kernel": [
-        {"num_warps": 8, "STAGES": 2, "GRID": 1, "SINCE": 90},
-        {"num_warps": 8, "STAGES": 1, "GRID": 1, "SINCE": 80},
-        {"num_warps": 4, "STAGES": 1, "GRID": 1},
-    ],
-    "delta_intra_fwd_kernel": [
-        {"BB": 128, "num_warps": 4, "STAGES": 2, "GRID": 2, "SINCE": 90},
-        {"BB": 128, "num_warps": 4, "STAGES": 1, "GRID": 2},
-    ],
-    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 16, "num_warps": 4, "STAGES": 1, "GRID": 3}],
+    "precondition_expand_kernel": [{"num_warps": 4}],
+    "precondition_local_kernel": [{"BB": 64, "num_warps": 4}],
+    "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
+    "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
+    "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90}, {"BB": 128, "num_warps": 4}],
+    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 16, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
         {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
         {"BV": 32, "num_warps": 4, "STAGES": 2},
@@ -83,7 +76,7 @@ def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
     found = CONFIGS.get(f"{name}, DECAY = {arguments.get('DECAY')}", CONFIGS[name])
     BK = arguments.get("BK", 0)
-    V = arguments.get("V", arguments.get("K", 1))
+    V = arguments.get("V", arguments["K"])
     widest = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}
     if BK < 64:  # products of few columns by two groups of warps read out of bounds
         widest["num_warps"] = 4
@@ -92,16 +85,6 @@ def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
         for config in found
         if config.get("SINCE", 0) <= since
     ]
-
-
-def processors(device: torch.device) -> int:
-    """One, for the interpreter: there a program of a kernel with GRID has several chunks too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def compiled(config: Config) -> Config:
-    """What the compiler is told of a config."""
-    return {n: x for n, x in config.items() if n != "GRID"}
 
 
 def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> None:
@@ -127,7 +110,7 @@ def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> N
 
 
 def _run(kernel: Any, grid: Grid, arguments: dict[str, Any], config: Config) -> None:
-    kernel[grid({**arguments, **config})](**arguments, **compiled(config))
+    kernel[grid({**arguments, **config})](**arguments, **config)
 
 
 @contextmanager

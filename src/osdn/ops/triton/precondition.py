@@ -125,13 +125,13 @@ def forgetting(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET:
 
 @triton.jit
 def path(
-    R, G, k, rk, forget, e, d, s, first, end, h, eta, d_min, d_max,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
-    FIRED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
+    R, G, k, rk, forget, e, d, s, first, end, h, fired, eta, d_min, d_max,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
 ):  # fmt: skip
     """d_t [C, BK] from d before the chunk, R and G from `forgetting`; `inside` is all ones where no clip fired."""
     inside = tl.full([BK], -1, tl.int64)
-    if FIRED:
+    if fired:
         D, inside = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
     else:
         s *= (eta * per_token(e, first, end, h, HV, C))[:, None]
@@ -293,23 +293,24 @@ def precondition_fwd_kernel(
 
 @triton.jit
 def precondition_check_kernel(
-    k, rk, forget, starts, e, active, stops, cu_seqlens, chunks, eta, d_min, d_max, tokens, cells,
+    k, rk, forget, starts, e, active, stops, cu_seqlens, chunks, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    FORGET: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The least chunk of a sequence in which a clip might fire, if any -> stops [N, HV]; 0 -> active [chunks, HV]."""
-    for cell in tl.range(tl.program_id(0), cells, tl.num_programs(0), num_stages=STAGES):
-        c = tl.zeros([], tl.int64) + cell // HV
-        h = cell % HV
-        first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
-        n, m = place(c, tokens, chunks, C, PACKED)
-        i = tl.arange(0, BK)
-        d = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-        x = keys(k, rk, first, end, h, H, HV, K, C, BK)
-        _R, _G, _behind, kept = forgetting(forget, first, end, h, HV, C, FORGET)
-        tl.store(active + c * HV + h, 0)
-        safe = stays(d, kept, eta * per_token(e, first, end, h, HV, C), x * x, d_min, d_max, K, BK)
-        tl.atomic_min(stops + n * HV + h, m.to(tl.int32), mask=(first < end) & (safe == 0))
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    n, m = place(c, tokens, chunks, C, PACKED)
+    i = tl.arange(0, BK)
+    d = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    _R, _G, _behind, kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    tl.store(active + c * HV + h, 0)
+    if not stays(d, kept, eta * per_token(e, first, end, h, HV, C), x * x, d_min, d_max, K, BK):
+        tl.atomic_min(stops + n * HV + h, m.to(tl.int32))
 
 
 @triton.jit
@@ -337,56 +338,56 @@ def precondition_map_kernel(
 
 @triton.jit
 def precondition_expand_kernel(
-    k, rk, forget, starts, e, active, d, cu_seqlens, chunks, eta, d_min, d_max, tokens, cells,
+    k, rk, forget, starts, e, active, d, cu_seqlens, chunks, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    FORGET: tl.constexpr, FIRED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_t -> d [tokens, HV, K] float32."""
-    for cell in tl.range(tl.program_id(0), cells, tl.num_programs(0), num_stages=STAGES):
-        c = tl.zeros([], tl.int64) + cell // HV
-        h = cell % HV
-        wanted = True
-        if FIRED:
-            wanted = tl.load(active + c * HV + h) > 0
-        if wanted:
-            first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
-            x = keys(k, rk, first, end, h, H, HV, K, C, BK)
-            i = tl.arange(0, BK)
-            start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-            R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
-            D, _inside = path(
-                R, G, k, rk, forget, e, start, x * x, first, end, h, eta, d_min, d_max,
-                H, HV, K, C, BK, FORGET, FIRED, tl.float32, PRECISION,
-            )  # fmt: skip
-            store_rows(d, D, first, end, h, HV, K, C, BK)
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    i = tl.arange(0, BK)
+    start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+    fired = False
+    if BOX:
+        fired = tl.load(active + c * HV + h) > 0
+    R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    D, _inside = path(
+        R, G, k, rk, forget, e, start, x * x, first, end, h, fired, eta, d_min, d_max,
+        H, HV, K, C, BK, FORGET, tl.float32, PRECISION,
+    )  # fmt: skip
+    store_rows(d, D, first, end, h, HV, K, C, BK)
 
 
 @triton.jit
 def precondition_local_kernel(
-    a, k, rk, forget, h_local, adj_local, cu_seqlens, chunks, tokens, cells,
+    a, k, rk, forget, h_local, adj_local, cu_seqlens, chunks, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     FORGET: tl.constexpr, PACKED: tl.constexpr, OF_WRITE_KEY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of y, the gradient of d_t: <s_t, sum_{j > t} R_{j-1,t} y_j> -> h_local [tokens, HV], and sum_t G_t y_t ->
     adj_local [chunks, HV, K]. BB channels at a time."""
-    for cell in tl.range(tl.program_id(0), cells, tl.num_programs(0), num_stages=STAGES):
-        c = tl.zeros([], tl.int64) + cell // HV
-        h = cell % HV
-        first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
-        R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
-        R = tl.trans(R.to(DT))
-        hs = tl.zeros([C], tl.float32)
-        for block in tl.static_range(0, BK // BB):
-            x = keys(k, rk, first, end, h, H, HV, K, C, BB, block * BB)
-            y = rows(a, first, end, h, HV, K, C, BB, block * BB).to(tl.float32)
-            if OF_WRITE_KEY:
-                y *= x
-            i = block * BB + tl.arange(0, BB)
-            tl.store(adj_local + (c * HV + h) * K + i, tl.sum(y * G[:, None], 0), i < K)
-            hs += tl.sum(x * x * tl.dot(R, y.to(DT), input_precision=PRECISION), 1)
-        t = first + tl.arange(0, C)
-        tl.store(h_local + t * HV + h, hs, t < end)
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    R = tl.trans(R.to(DT))
+    hs = tl.zeros([C], tl.float32)
+    for block in tl.static_range(0, BK // BB):
+        x = keys(k, rk, first, end, h, H, HV, K, C, BB, block * BB)
+        y = rows(a, first, end, h, HV, K, C, BB, block * BB).to(tl.float32)
+        if OF_WRITE_KEY:
+            y *= x
+        i = block * BB + tl.arange(0, BB)
+        tl.store(adj_local + (c * HV + h) * K + i, tl.sum(y * G[:, None], 0), i < K)
+        hs += tl.sum(x * x * tl.dot(R, y.to(DT), input_precision=PRECISION), 1)
+    t = first + tl.arange(0, C)
+    tl.store(h_local + t * HV + h, hs, t < end)
 
 
 @triton.jit
@@ -472,78 +473,77 @@ def precondition_bwd_kernel(
 @triton.jit
 def precondition_grads_kernel(
     a, k, rk, beta, forget, starts, e, active, p, adj_ends, dk_rest, dbeta_rest, dk, dbeta, dforget,
-    cu_seqlens, chunks, eta, d_min, d_max, tokens, cells,
+    cu_seqlens, chunks, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, FIRED: tl.constexpr,
-    PACKED: tl.constexpr, OF_WRITE_KEY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
+    OF_WRITE_KEY: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k (as stored), beta and forget, the delta rule's own parts dk_rest (of k as used), dbeta_rest added.
 
     ds = eta e u - eta c2 p d, dc1 = eta p, dc2 = -eta p x, dlambda = <u, d>.
     """
-    for cell in tl.range(tl.program_id(0), cells, tl.num_programs(0), num_stages=STAGES):
-        c = tl.zeros([], tl.int64) + cell // HV
-        h = cell % HV
-        wanted = True
-        if FIRED:
-            wanted = tl.load(active + c * HV + h) > 0
-        if wanted:
-            first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
-            i = tl.arange(0, BK)
-            j = tl.arange(0, C)
-            t = first + j
-            row = (c * HV + h) * K + i
-            start = tl.load(starts + row, i < K, 0.0)
-            adj = tl.load(adj_ends + row, i < K, 0.0)
-            x = keys(k, rk, first, end, h, H, HV, K, C, BK)
-            dw = rows(a, first, end, h, HV, K, C, BK)
-            if OF_WRITE_KEY:
-                rest = rows(dk_rest, first, end, h, HV, K, C, BK)
-                db = per_token(dbeta_rest, first, end, h, HV, C) if AWARE else None
-            errors = per_token(e, first, end, h, HV, C)
-            ps = eta * per_token(p, first, end, h, HV, C)
-            R, G, behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
-            R = R.to(DT)
-            s = x * x
-            c1, c2 = feedback(beta, tl.sum(s, 1), first, end, h, HV, C, AWARE, NORMALIZE)
-            D, inside = path(
-                R, G, k, rk, forget, e, start, s, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, FIRED, DT,
-                PRECISION,
-            )  # fmt: skip
-            y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
-            z = y - (c2 * ps)[:, None] * s
-            if FIRED:
-                U = tl.zeros([C, BK], tl.float32)
-                for back in range(0, C):
-                    v = C - 1 - back
-                    live = first + v < end
-                    U = tl.where(j[:, None] == v, tl.where(((inside >> v) & 1) == 1, adj, 0.0)[None, :], U)
-                    through = tl.sum(tl.where(j[:, None] == v, U, 0.0), 0)
-                    if FORGET:
-                        through *= tl.exp(one(forget, first + v, end, h, HV))
-                    adj = tl.where(live, tl.sum(tl.where(j[:, None] == v, z, 0.0), 0) + through, adj)
-            else:
-                U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
-            ds = (eta * errors)[:, None] * U - (c2 * ps)[:, None] * D
-            dc1 = ps
-            dc2 = -ps * tl.sum(D * s, 1)
-            if NORMALIZE:
-                n = tl.sum(s, 1) + 1e-5
-                ds -= ((dc1 * c1 + dc2 * c2) / n)[:, None]
-                dc1 = dc1 / n
-                dc2 = dc2 / n
-            dx = 2.0 * x * ds
-            if OF_WRITE_KEY:
-                dx += D * dw.to(tl.float32) + rest.to(tl.float32)
-            if rk is not None:
-                dx = (dx - x * tl.sum(x * dx, 1)[:, None]) * per_token(rk, first, end, h // (HV // H), H, C)[:, None]
-            store_rows(dk, dx, first, end, h, HV, K, C, BK)
-            if AWARE:
-                change = dc1 + 2.0 * per_token(beta, first, end, h, HV, C) * dc2
-                if OF_WRITE_KEY:
-                    change += db
-                tl.store(dbeta + t * HV + h, change, t < end)
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    i = tl.arange(0, BK)
+    j = tl.arange(0, C)
+    t = first + j
+    row = (c * HV + h) * K + i
+    # All that is read comes first: each wait for memory behind a branch would be one more.
+    start = tl.load(starts + row, i < K, 0.0)
+    adj = tl.load(adj_ends + row, i < K, 0.0)
+    fired = False
+    if BOX:
+        fired = tl.load(active + c * HV + h) > 0
+    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    dw = rows(a, first, end, h, HV, K, C, BK)
+    if OF_WRITE_KEY:
+        rest = rows(dk_rest, first, end, h, HV, K, C, BK)
+        db = per_token(dbeta_rest, first, end, h, HV, C) if AWARE else None
+    errors = per_token(e, first, end, h, HV, C)
+    ps = eta * per_token(p, first, end, h, HV, C)
+    R, G, behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    R = R.to(DT)
+    s = x * x
+    c1, c2 = feedback(beta, tl.sum(s, 1), first, end, h, HV, C, AWARE, NORMALIZE)
+    D, inside = path(
+        R, G, k, rk, forget, e, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
+        PRECISION,
+    )  # fmt: skip
+    y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
+    z = y - (c2 * ps)[:, None] * s
+    if fired:
+        U = tl.zeros([C, BK], tl.float32)
+        for back in range(0, C):
+            v = C - 1 - back
+            live = first + v < end
+            U = tl.where(j[:, None] == v, tl.where(((inside >> v) & 1) == 1, adj, 0.0)[None, :], U)
+            through = tl.sum(tl.where(j[:, None] == v, U, 0.0), 0)
             if FORGET:
-                tl.store(
-                    dforget + t * HV + h, tl.sum(U * D, 1) * tl.exp(per_token(forget, first, end, h, HV, C)), t < end
-                )
+                through *= tl.exp(one(forget, first + v, end, h, HV))
+            adj = tl.where(live, tl.sum(tl.where(j[:, None] == v, z, 0.0), 0) + through, adj)
+    else:
+        U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
+    ds = (eta * errors)[:, None] * U - (c2 * ps)[:, None] * D
+    dc1 = ps
+    dc2 = -ps * tl.sum(D * s, 1)
+    if NORMALIZE:
+        n = tl.sum(s, 1) + 1e-5
+        ds -= ((dc1 * c1 + dc2 * c2) / n)[:, None]
+        dc1 = dc1 / n
+        dc2 = dc2 / n
+    dx = 2.0 * x * ds
+    if OF_WRITE_KEY:
+        dx += D * dw.to(tl.float32) + rest.to(tl.float32)
+    if rk is not None:
+        dx = (dx - x * tl.sum(x * dx, 1)[:, None]) * per_token(rk, first, end, h // (HV // H), H, C)[:, None]
+    store_rows(dk, dx, first, end, h, HV, K, C, BK)
+    if AWARE:
+        change = dc1 + 2.0 * per_token(beta, first, end, h, HV, C) * dc2
+        if OF_WRITE_KEY:
+            change += db
+        tl.store(dbeta + t * HV + h, change, t < end)
+    if FORGET:
+        tl.store(dforget + t * HV + h, tl.sum(U * D, 1) * tl.exp(per_token(forget, first, end, h, HV, C)), t < end)
