@@ -212,6 +212,13 @@ def row_factors(
 
 
 @triton.jit
+def columns(x, first, end, h, u, HV: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
+    """[C, BV] of x [tokens, HV, V], columns u; 0 outside."""
+    t = first + tl.arange(0, C)
+    return tl.load(x + ((t * HV + h) * V)[:, None] + u[None, :], (t < end)[:, None] & (u < V)[None, :], 0.0)
+
+
+@triton.jit
 def delta_inter_fwd_kernel(
     q, k, w, v, beta, g, rq, rk, decay, T, P, S_0, o, S_end, states, U, cu_seqlens, first_chunk, scale, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -238,6 +245,9 @@ def delta_inter_fwd_kernel(
         S = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
     else:
         S = tl.zeros([BK, BV], tl.float32)
+    vr = tl.zeros([C, BV], w.dtype.element_ty)
+    if v is not None:
+        vr = columns(v, begin, end, h, u, HV, V, C)
     if S_0 is not None:
         S = tl.load(S_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     for m in tl.range(0, tl.cdiv(end - begin, C), num_stages=STAGES):
@@ -250,12 +260,11 @@ def delta_inter_fwd_kernel(
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
         Tc = tl.load(T + cell * C * C + r[:, None] * C + r[None, :])
-        vr = tl.zeros([C, BV], tl.float32)
-        if v is not None:
-            vr = tl.load(v + value, live, 0.0).to(tl.float32)
         b = per_token(beta, first, end, h, HV, C)
         Sd = S.to(DT)
-        B = (vr - tl.dot(kr, Sd, input_precision=PRECISION) * fk[:, None]) * b[:, None]
+        B = (vr.to(tl.float32) - tl.dot(kr, Sd, input_precision=PRECISION) * fk[:, None]) * b[:, None]
+        if v is not None:  # in registers until the next turn: shared memory is full of what products read
+            vr = columns(v, first + C, end, h, u, HV, V, C)
         Uc = tl.dot(Tc.to(DT), B.to(DT), input_precision=PRECISION)
         if o is not None:
             qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
@@ -301,6 +310,7 @@ def delta_inter_bwd_kernel(
     if dS_end is not None:
         dS = tl.load(dS_end + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     count = tl.cdiv(end - begin, C)
+    dor = columns(do, begin + tl.maximum(count - 1, 0) * C, end, h, u, HV, V, C)
     for back in tl.range(0, count, num_stages=STAGES):
         first = begin + (count - 1 - back) * C
         cell = (c + count - 1 - back) * HV + h
@@ -314,7 +324,6 @@ def delta_inter_bwd_kernel(
         square = r[:, None] * C + r[None, :]
         Tc = tl.load(T + cell * C * C + square).to(DT)
         Pc = tl.load(P + cell * C * C + square).to(DT)
-        dor = tl.load(do + value, live, 0.0)
         b = per_token(beta, first, end, h, HV, C)
         dSd = dS.to(DT)
         if dstates is not None:
@@ -324,11 +333,13 @@ def delta_inter_bwd_kernel(
         dBc = tl.dot(tl.trans(Tc), dU.to(DT), input_precision=PRECISION)
         if dB is not None:
             tl.store(dB + value, dBc.to(dB.dtype.element_ty), live)
+        scaled = (dor.to(tl.float32) * (scale * fq)[:, None]).to(DT)
+        dor = columns(do, tl.maximum(first - C, begin), end, h, u, HV, V, C)  # as v in `delta_inter_fwd_kernel`
         if DECAY == 1:
             dS *= kept
         if DECAY == 2:
             dS *= tl.load(decay + cell * K + i, i < K, 0.0)[:, None]
-        dS += tl.dot(tl.trans(qr), (dor.to(tl.float32) * (scale * fq)[:, None]).to(DT), input_precision=PRECISION)
+        dS += tl.dot(tl.trans(qr), scaled, input_precision=PRECISION)
         dS -= tl.dot(tl.trans(kr), (dBc * (b * fk)[:, None]).to(DT), input_precision=PRECISION)
     if dS_0 is not None:
         tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
@@ -348,6 +359,25 @@ def spread(
     back = tl.dot(tl.trans(GA), (kb.to(tl.float32) * row).to(DT), acc=back, input_precision=PRECISION)
     dw += col * back
     return dq, dk, dw
+
+
+@triton.jit
+def by_states(
+    do, dB, U, states, dstates, i, u, dq, dk, dw, ended, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq + dO S^T, dk + dB S^T, dw + U dS^T over columns u of S and dS, channels i; with a decay <S, dS> by channel."""
+    entries = i[:, None] * V + u[None, :]
+    inside = (i < K)[:, None] & (u < V)[None, :]
+    S = tl.load(states + entries, inside, 0.0)
+    dS = tl.load(dstates + entries, inside, 0.0)
+    if DECAY != 0:
+        ended += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    St = tl.trans(S.to(DT))
+    dq = tl.dot(do, St, dq, input_precision=PRECISION)
+    dk = tl.dot(dB, St, dk, input_precision=PRECISION)
+    dw = tl.dot(U, tl.trans(dS.to(DT)), dw, input_precision=PRECISION)
+    return dq, dk, dw, ended
 
 
 @triton.jit
@@ -385,11 +415,23 @@ def delta_intra_bwd_kernel(
     dP = tl.zeros([C, C], tl.float32)
     dA = tl.zeros([C, C], tl.float32)
     db = tl.zeros([C], tl.float32)
+    dqa = tl.zeros([C, BB], tl.float32)
+    dka = tl.zeros([C, BB], tl.float32)
+    dwa = tl.zeros([C, BB], tl.float32)
+    ended = tl.zeros([BB], tl.float32)
+    states += cell * K * V
+    dstates += cell * K * V
     for bv in range(0, NV):
-        Ut = tl.trans(rows(U, first, end, h, HV, V, C, BV, bv * BV).to(DT))
+        Ud = rows(U, first, end, h, HV, V, C, BV, bv * BV).to(DT)
         dBd = rows(dB, first, end, h, HV, V, C, BV, bv * BV)
-        dP = tl.dot(rows(do, first, end, h, HV, V, C, BV, bv * BV).to(DT), Ut, dP, input_precision=PRECISION)
-        dA = tl.dot(dBd.to(DT), Ut, dA, input_precision=PRECISION)
+        dod = rows(do, first, end, h, HV, V, C, BV, bv * BV).to(DT)
+        dP = tl.dot(dod, tl.trans(Ud), dP, input_precision=PRECISION)
+        dA = tl.dot(dBd.to(DT), tl.trans(Ud), dA, input_precision=PRECISION)
+        if BK == BB:
+            dqa, dka, dwa, ended = by_states(
+                dod, dBd.to(DT), Ud, states, dstates, tl.arange(0, BB), bv * BV + tl.arange(0, BV), dqa, dka, dwa,
+                ended, K, V, DECAY, DT, PRECISION,
+            )  # fmt: skip
         db += tl.sum(dBd.to(tl.float32) * rows(v, first, end, h, HV, V, C, BV, bv * BV).to(tl.float32), 1)
         store_rows(dv, dBd.to(tl.float32) * b[:, None], first, end, h, HV, V, C, BV, bv * BV)
     dP = below(dP, C, True) * scale
@@ -414,23 +456,19 @@ def delta_intra_bwd_kernel(
     for block in tl.range(0, BK // BB, disable_licm=True):
         at = block * BB
         i = at + tl.arange(0, BB)
-        dqa = tl.zeros([C, BB], tl.float32)
-        dka = tl.zeros([C, BB], tl.float32)
-        dwa = tl.zeros([C, BB], tl.float32)
-        ended = tl.zeros([BB], tl.float32)
-        for bv in tl.range(0, NV, disable_licm=True):
-            u = bv * BV + tl.arange(0, BV)
-            entries = cell * K * V + i[:, None] * V + u[None, :]
-            inside = (i < K)[:, None] & (u < V)[None, :]
-            S = tl.load(states + entries, inside, 0.0)
-            dS = tl.load(dstates + entries, inside, 0.0)
-            if DECAY != 0:
-                ended += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-            St = tl.trans(S.to(DT))
-            dSt = tl.trans(dS.to(DT))
-            dqa = tl.dot(rows(do, first, end, h, HV, V, C, BV, bv * BV).to(DT), St, dqa, input_precision=PRECISION)
-            dka = tl.dot(rows(dB, first, end, h, HV, V, C, BV, bv * BV).to(DT), St, dka, input_precision=PRECISION)
-            dwa = tl.dot(rows(U, first, end, h, HV, V, C, BV, bv * BV).to(DT), dSt, dwa, input_precision=PRECISION)
+        if BK != BB:
+            dqa = tl.zeros([C, BB], tl.float32)
+            dka = tl.zeros([C, BB], tl.float32)
+            dwa = tl.zeros([C, BB], tl.float32)
+            ended = tl.zeros([BB], tl.float32)
+            for bv in tl.range(0, NV, disable_licm=True):
+                Ud = rows(U, first, end, h, HV, V, C, BV, bv * BV).to(DT)
+                dBd = rows(dB, first, end, h, HV, V, C, BV, bv * BV).to(DT)
+                dod = rows(do, first, end, h, HV, V, C, BV, bv * BV).to(DT)
+                dqa, dka, dwa, ended = by_states(
+                    dod, dBd, Ud, states, dstates, i, bv * BV + tl.arange(0, BV), dqa, dka, dwa, ended, K, V, DECAY,
+                    DT, PRECISION,
+                )  # fmt: skip
         dqa *= (scale * upto)[:, None]
         dka *= -upto[:, None]
         dwa *= behind[:, None]

@@ -39,11 +39,13 @@ CONFIGS: dict[str, list[Config]] = {
     "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90}, {"BB": 128, "num_warps": 4}],
     "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 16, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
+        {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90},
         {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
         {"BV": 32, "num_warps": 4, "STAGES": 2},
         {"BV": 16, "num_warps": 4, "STAGES": 2},
     ],
     "delta_inter_bwd_kernel": [
+        {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90},
         {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
         {"BV": 32, "num_warps": 4, "STAGES": 2},
         {"BV": 16, "num_warps": 4, "STAGES": 2},
