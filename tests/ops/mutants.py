@@ -74,8 +74,13 @@ MUTANTS = {
         "            _finish_by_tokens(",
         "            after.clamp_(d_min, d_max)\n            0 and _finish_by_tokens(",
     ),
-    "one token late into the scan": (scans, "(t < first)[:, None]", "(t <= first)[:, None]"),
-    "clip passes its gradient": (scans, "solved | (raw == clipped)", "solved | (raw == raw)"),
+    "one token late into the scan": (
+        scans,
+        "solved.cummin(1).values",
+        "torch.cat([solved[:, :1] | True, solved[:, :-1]], 1).cummin(1).values",
+    ),
+    "solve trusted behind a clip": (scans, "solved.cummin(1).values", "solved"),
+    "clip passes its gradient": (scans, "torch.eq(raw, now, out=inside)", "torch.eq(raw, raw, out=inside)"),
     "solve without the decay between": (scans, "return L if R is None else L.mul_(R)", "return L"),
     "decay between off by one": (scans, "else L.mul_(R)", "else L.mul_(R.roll(-1, 1))"),
     "first token sees lambda": (
@@ -90,8 +95,15 @@ MUTANTS = {
     ),
     "last update of a chunk lost": (scans, "torch.addcmul(last, e[:, -1], s_[:, -1])", "last"),
     "adjoint without the feedback term": (scans, "- back[:, 0]", ""),
-    "adjoint without lambda": (scans, "lam[i, :1] * u_[:, 0]", "u_[:, 0]"),
-    "scan adjoint without lambda": (scans, "lam[i, t, None] * u_", "u_"),
+    "adjoint without lambda": (scans, "lam_[:, :1] * u[:, 0]", "u[:, 0]"),
+    "scan without lambda": (scans, "now if keep is None else keep * now", "now"),
+    "scan adjoint without lambda": (scans, "m if lam is None else m * lam[..., None]", "m"),
+    "scan adjoint with a token's own mask": (
+        scans,
+        "torch.cat([torch.ones_like(s[:, :1]), inside[:, :-1].to(s.dtype)], 1)",
+        "inside.to(s.dtype)",
+    ),
+    "scan adjoint without the feedback": (scans, ".addcmul_(torch.bmm(u, pull_), s_)", ""),
     "decays as differences of sums": (
         scans,
         "    return x.cumsum(1).masked_fill(~ones.tril(), -torch.inf)",

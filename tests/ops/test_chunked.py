@@ -154,6 +154,96 @@ def test_a_chunk_is_an_affine_map_of_d(feedback):
     torch.testing.assert_close(final[0, 0], want, rtol=1e-12, atol=1e-12)
 
 
+CLIPS = {
+    "first of all": [(0, "down")],
+    "first of a chunk": [(64, "up")],
+    "last of a chunk": [(63, "up")],
+    "both sides of a seam": [(63, "up"), (64, "down")],
+    "twice at one bound": [(70, "up"), (75, "up")],
+    "both bounds, inside in between": [(66, "up"), (80, "back"), (90, "down")],
+    "last of all": [(129, "down")],
+}
+PUSHES = {"up": (1.0, 0.5), "down": (1.5, 1.0), "back": (0.8**0.5, 1.0)}
+"""Length of the key and beta which take one feature over d_max, below d_min, and from d_max to well inside."""
+
+
+@pytest.mark.parametrize("forget", [False, True])
+@pytest.mark.parametrize("rows", [slice(1, 2), slice(None)], ids=["one row", "all rows"])
+@pytest.mark.parametrize("clips", CLIPS)
+def test_clips_at_chosen_tokens(clips, rows, forget):
+    """d moves at these tokens alone, since elsewhere beta is 0, and (with lambda) by forgetting."""
+    gen = torch.Generator().manual_seed(0)
+    k, beta, d = torch.randn(1, 130, 3, 6, generator=gen).double(), torch.zeros(1, 130, 3).double(), torch.ones(1, 3, 6)
+    for t, push in CLIPS[clips]:
+        length, beta[:, t, rows] = PUSHES[push]
+        k[:, t, rows] = length * torch.eye(6)[2].double()
+    leaves = [k, beta, d.double()] + [torch.full_like(beta, -0.002)] * forget
+    got, want = _precondition(leaves, (0.4, 1.6), "chunked"), _precondition(leaves, (0.4, 1.6), "reference")
+    after = torch.cat([want[0], want[1][:, None]], 1)[:, 1:, rows, 2]
+    for t, push in CLIPS[clips]:
+        assert ((after[:, t] == 1.6) == (push == "up")).all()
+        assert ((after[:, t] == 0.4) == (push == "down")).all()
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def _precondition(leaves, box, backend):
+    """d as used, the last d, and the gradients for one cotangent of both."""
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    k, beta, d, *forget = leaves
+    out = osdn.precondition(
+        k,
+        beta,
+        preconditioner=osdn.Preconditioner(4.0, "beta_aware", *box),
+        forget=forget[0] if forget else None,
+        initial_d=d,
+        backend=backend,
+    )
+    gen = torch.Generator().manual_seed(1)
+    loss = sum((y * torch.randn(y.shape, generator=gen, dtype=y.dtype)).sum() for y in out)
+    return [*(y.detach() for y in out), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_value_on_the_bound_passes_its_gradient(scanned):
+    """1 + 4 * .5 * (1 - .5) = 2 = d_max, exactly in binary; a clip in the next row sends the chunk into the scan."""
+    k, beta, d = torch.zeros(1, 3, 2, 4).double(), torch.full((1, 3, 2), 0.5).double(), torch.ones(1, 2, 4).double()
+    k[..., 2] = 1
+    d[:, 1, 2] = 1.9
+    beta[:, :, 1] = 0.4 * scanned
+    got, want = (_precondition([k, beta, d], (0.0, 2.0), backend) for backend in ("chunked", "reference"))
+    assert (want[0][0, 1:, 0, 2] == 2).all()
+    assert want[4][0, 0, 2] != want[4][0, 0, 3]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("box", [FREE, BOX])
+def test_nan_stays_where_it_is_and_is_no_bound(box):
+    case = Case(T=150, forget=True, box=box)
+    x = case.tensors()
+    x["k"][0, 70, 1, 3] = torch.nan
+    args = [x["k"], x["beta"]]
+    kwargs = {"preconditioner": case.preconditioner, "forget": x["forget"], "initial_d": x["d"]}
+    got, want = (osdn.precondition(*args, **kwargs, backend=backend) for backend in ("chunked", "reference"))
+    assert want[0].isnan().sum() == 79 * case.K
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_a_clip_elsewhere_leaves_the_bits_of_a_row_alone():
+    case = Case(T=130, forget=True)
+    x, p = case.tensors(torch.float32), replace(case, box=(-50.0, 50.0)).preconditioner
+    args = {"preconditioner": p, "forget": x["forget"], "backend": "chunked"}
+    used, _ = osdn.precondition(x["k"], x["beta"], **args, initial_d=x["d"])
+    assert used.abs().max() < 50
+    x["d"][0, 0] = 100
+    other, _ = osdn.precondition(x["k"], x["beta"], **args, initial_d=x["d"])
+    assert (other[0, 1:, 0].abs() == 50).any()
+    assert torch.equal(used[1], other[1])
+    assert torch.equal(used[0, :, 1], other[0, :, 1])
+
+
 CASES = st.builds(
     Case,
     decay=st.sampled_from([None, "scalar", "channel"]),

@@ -11,7 +11,7 @@ Derivations: docs/math.md.
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from typing import Any
 
 import torch
@@ -119,23 +119,31 @@ def _finish_by_tokens(
     d_min: float,
     d_max: float,
 ) -> None:
-    """From each row's first clip on, replace the solved d_{t+1} in `after` [n, C, K] by those of the token scan."""
-    out = ((after < d_min) | (after > d_max) | after.isnan()).any(-1)
-    rows = out.any(-1).nonzero()[:, 0]
-    if len(rows) == 0:  # only d_0, which is not clipped, lies outside
+    """From each row's first clip on, replace the solved d_{t+1} in `after` [n, C, K] by those of the token scan.
+
+    All rows are walked through, and from the start of the chunk: a few operations a token cost the same for many rows
+    as for one, and a row's bits then depend neither on the other rows nor on later tokens.
+    """
+    solved = (after.amin(-1, keepdim=True) >= d_min) & (after.amax(-1, keepdim=True) <= d_max)  # False for NaN
+    solved = solved.cummin(1).values
+    if solved.all():  # only d_0, which is not clipped, lies outside
         return
-    first = out[rows].int().argmax(-1)
-    s, c1, c2 = s[rows], c1[rows], c2[rows]
-    keeps = None if forget is None else forget[rows].exp()
-    after_, inside_ = after[rows], inside[rows]
-    for t in range(int(first.min()), s.shape[1]):
-        now = after_[:, t - 1] if t else d[rows]
-        e = c1[:, t] - c2[:, t] * (now * s[:, t]).sum(-1)
-        raw = (now if keeps is None else keeps[:, t, None] * now) + eta * e[:, None] * s[:, t]
-        clipped, solved = raw.clamp(d_min, d_max), (t < first)[:, None]
-        after_[:, t] = torch.where(solved, after_[:, t], clipped)
-        inside_[:, t] = solved | (raw == clipped)
-    after[rows], inside[rows] = after_, inside_
+    keeps = repeat(None) if forget is None else forget.exp()[..., None, None].unbind(1)
+    rows = (s[:, :, None], eta * c1[..., None, None], _pull(s, eta * c2))
+    now, raws, clipped = d[:, None], [], []
+    for s_, push, pull, keep in zip(*(x.unbind(1) for x in rows), keeps):
+        e = torch.baddbmm(push, now, pull)
+        raws.append(torch.addcmul(now if keep is None else keep * now, e, s_))
+        now = raws[-1].clamp(d_min, d_max)
+        clipped.append(now)
+    raw, now = torch.cat(raws, 1), torch.cat(clipped, 1)
+    torch.where(solved, after, now, out=after)
+    torch.eq(raw, now, out=inside)
+
+
+def _pull(s: Tensor, scaled_c2: Tensor) -> Tensor:
+    """-eta c2_t s_t as columns [n, C, K, 1]: a row times it is the feedback to d_t, or to u_t."""
+    return -scaled_c2[..., None, None] * s[..., None]
 
 
 @precondition_scan.register_fake
@@ -169,32 +177,43 @@ def precondition_scan_backward(
     """
     with no_autocast(s.device):
         lam = None if forget is None else forget.exp()
-        u, p = torch.empty_like(s), torch.empty_like(c1)
+        ds, p, x, scaled_c2 = torch.empty_like(s), torch.empty_like(c1), torch.empty_like(c1), eta * c2
+        df = s.new_empty(0) if forget is None else torch.empty_like(forget)
         adj = grad_final.clone()
         for i, n in reversed(_slices(waves, len(s))):
-            a, s_, c2_, f_ = _of_wave(i, grad_used, s, c2, forget)
-            if inside[i].all():
+            a, s_, used_, f_, lam_, scaled_ = _of_wave(i, grad_used, s, used, forget, lam, scaled_c2)
+            if inside[i].view(torch.uint8).all():  # 15 times faster than of booleans
                 R, _ = _products(f_, s_)
-                L = _system(s_, eta * c2_, None if f_ is None else _shifted(R))
-                u_ = R.mT @ torch.cat([a[:, 1:], adj[:n, None]], 1)
-                h = (u_ * s_).sum(-1, keepdim=True)
-                p_ = torch.linalg.solve_triangular(L.mT, h, upper=True, unitriangular=True)[..., 0]
-                back = (eta * c2_ * p_)[..., None] * s_
-                u_ -= _shifted(R).mT @ back
-                u[i], p[i] = u_, p_
-                adj[:n] = a[:, 0] + (u_[:, 0] if lam is None else lam[i, :1] * u_[:, 0]) - back[:, 0]
+                L = _system(s_, scaled_, None if f_ is None else _shifted(R))
+                u = R.mT @ torch.cat([a[:, 1:], adj[:n, None]], 1)
+                h = (u * s_).sum(-1, keepdim=True)
+                p[i] = torch.linalg.solve_triangular(L.mT, h, upper=True, unitriangular=True)[..., 0]
+                back = (scaled_ * p[i])[..., None] * s_
+                u -= _shifted(R).mT @ back
+                adj[:n] = a[:, 0] + (u[:, 0] if lam_ is None else lam_[:, :1] * u[:, 0]) - back[:, 0]
             else:
-                for t in reversed(range(s.shape[1])):
-                    u_ = inside[i][:, t] * adj[:n]
-                    p_ = (u_ * s_[:, t]).sum(-1)
-                    u[i, t], p[i, t] = u_, p_
-                    kept = u_ if lam is None else lam[i, t, None] * u_
-                    adj[:n] = a[:, t] + kept - (eta * c2_[:, t] * p_)[:, None] * s_[:, t]
-        x = (used * s).sum(-1)
-        p = eta * p
-        ds = (eta * (c1 - c2 * x))[..., None] * u - (c2 * p)[..., None] * used
-        df = s.new_empty(0) if lam is None else lam * (u * used).sum(-1)
+                u, adj[:n] = _adjoint_by_tokens(a, adj[:n], s_, scaled_, lam_, inside[i])
+                p[i] = (u * s_).sum(-1)
+            x[i] = (used_ * s_).sum(-1)
+            torch.mul(u, (eta * c1[i] - scaled_ * x[i])[..., None], out=ds[i])
+            ds[i].addcmul_(used_, (scaled_ * p[i])[..., None], value=-1)
+            if lam_ is not None:
+                df[i] = lam_ * (u * used_).sum(-1)
+        p *= eta
         return ds, p, -p * x, df, adj
+
+
+def _adjoint_by_tokens(
+    a: Tensor, adj: Tensor, s: Tensor, scaled_c2: Tensor, lam: Tensor | None, inside: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of one wave: u [n, C, K] from behind, u_{t-1} = m_{t-1} (a_t + lambda_t u_t - eta c2_t p_t s_t), and adj_0."""
+    m = torch.cat([torch.ones_like(s[:, :1]), inside[:, :-1].to(s.dtype)], 1)  # of token t - 1, so that u_{-1} = adj_0
+    m, a, s, pull = (m if lam is None else m * lam[..., None]), m * a, m * s, _pull(s, scaled_c2)
+    us = [u := (inside[:, -1] * adj)[:, None]]
+    for keep, a_, s_, pull_ in reversed(list(zip(*(x.unbind(1) for x in (*(y[:, :, None] for y in (m, a, s)), pull))))):
+        u = torch.addcmul(a_, keep, u).addcmul_(torch.bmm(u, pull_), s_)
+        us.append(u)
+    return torch.cat(us[-2::-1], 1), u[:, 0]
 
 
 @precondition_scan_backward.register_fake
