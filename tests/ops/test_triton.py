@@ -9,12 +9,13 @@ from __future__ import annotations
 import gc
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from inputs import BOX, OUTPUTS, Case, as_backend, errors, run, worst
 from mutants import KERNEL_MUTANTS, mutate_kernels
+from torch.utils.checkpoint import checkpoint
 
 import osdn
 from osdn.ops import dispatch
@@ -402,6 +403,22 @@ def test_operators_are_what_pytorch_expects(monkeypatch):
     assert len(calls) == 4
     for op, args in calls.items():
         torch.library.opcheck(op, args, test_utils="test_faketensor")
+
+
+def test_activations_may_be_recomputed():
+    """As `osdn train --checkpoint-activations` does, by checkpointing that is not reentrant."""
+    case = Case(T=20, B=1, H=1, decay="scalar", forget=True, feedback="beta_aware", chunk_size=16)
+    x = {n: y.requires_grad_() for n, y in on_device(case.tensors(torch.float32)).items()}
+
+    def f(q, k, v, beta, g, forget, S, d):
+        options = {"forget": forget, "preconditioner": case.preconditioner, "backend": "triton"}
+        o, _ = osdn.online_scaled_delta_rule(q, k, v, beta, g=g, initial_state=osdn.DeltaState(S, d), **options)
+        used, _ = osdn.precondition(k, beta, initial_d=d, **options)
+        return o.sum() + used.sum()
+
+    again = checkpoint(partial(f, **x), use_reentrant=False)
+    for a, b in zip(*(torch.autograd.grad(loss, list(x.values())) for loss in (f(**x), again))):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch 2.11's inductor

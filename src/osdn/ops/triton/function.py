@@ -533,7 +533,8 @@ def _differentiable(
         ctx.save_for_backward(*inputs[:tensors], *output[outputs:])
 
     def gradient(run: Callable[..., tuple[Tensor, ...]], ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        inputs, saved = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+        kept = ctx.saved_tensors  # read once, as activation checkpointing allows no more
+        inputs, saved = kept[:tensors], kept[tensors:]
         first, *rest = (None if x is None else x.contiguous() for x in grads[:outputs])
         if first is None:
             first = torch.zeros(ctx.shape, dtype=ctx.dtype, device=inputs[0].device)

@@ -25,7 +25,7 @@ Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
-    "precondition_check_kernel": [{"num_warps": 2}],
+    "precondition_check_kernel": [{"num_warps": 1}],
     "precondition_map_kernel": [
         {"BV": 64, "num_warps": 4, "SINCE": 90},
         {"BV": 32, "num_warps": 4},
@@ -33,11 +33,11 @@ CONFIGS: dict[str, list[Config]] = {
     ],
     "chain_kernel": [{"BV": 32, "num_warps": 4}, {"BV": 16, "num_warps": 4}],
     "precondition_expand_kernel": [{"num_warps": 4}],
-    "precondition_local_kernel": [{"BB": 64, "num_warps": 4}],
+    "precondition_local_kernel": [{"BB": 64, "num_warps": 4, "maxnreg": 128, "SINCE": 90}, {"BB": 64, "num_warps": 4}],
     "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
     "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90}, {"BB": 128, "num_warps": 4}],
-    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 16, "num_warps": 4}],
+    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 32, "num_warps": 2, "SINCE": 90}, {"BB": 16, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
         {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90},
         {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
@@ -55,10 +55,14 @@ CONFIGS: dict[str, list[Config]] = {
         {"BB": 32, "BV": 32, "num_warps": 8},
     ],
     "delta_intra_bwd_kernel, DECAY = 1": [
-        {"BB": 64, "BV": 64, "num_warps": 8, "SINCE": 90},
+        {"BB": 32, "BV": 64, "num_warps": 4, "num_stages": 2, "SINCE": 90},
         {"BB": 16, "BV": 32, "num_warps": 8},
     ],
-    "delta_intra_bwd_kernel, DECAY = 2": [{"BB": 16, "BV": 64, "num_warps": 4}, {"BB": 16, "BV": 16, "num_warps": 4}],
+    "delta_intra_bwd_kernel, DECAY = 2": [
+        {"BB": 64, "BV": 64, "num_warps": 4, "num_stages": 2, "SINCE": 90},
+        {"BB": 16, "BV": 64, "num_warps": 4},
+        {"BB": 16, "BV": 16, "num_warps": 4},
+    ],
 }
 
 _taken: dict[tuple[Any, ...], Config] = {}

@@ -86,6 +86,8 @@ def delta_step_kernel(
         decay = tl.exp(tl.load(g + (b * HV + h) * K + i, i < K, 0.0).to(tl.float32))[:, None]
 
     for block in range(NV):
+        if NV > 1:  # behind the last block there is nothing: all masked
+            ahead = tl.load(entries + (block + 1) * BV, (i < K)[:, None] & ((block + 1) * BV + u < V)[None, :], 0.0)
         value = (b * HV + h) * V + block * BV + u
         live = block * BV + u < V
         vx = tl.load(v + b * v_row + h * V + block * BV + u, live, 0.0).to(tl.float32)
@@ -97,8 +99,8 @@ def delta_step_kernel(
         tl.debug_barrier()
         tl.store(entries + block * BV, tile, (i < K)[:, None] & live[None, :])
         tl.store(o + value, (scale * tl.sum(tile * qx[:, None], 0)).to(o.dtype.element_ty), live)
-        if NV > 1:  # behind the last block there is nothing: all masked
-            tile = tl.load(entries + (block + 1) * BV, (i < K)[:, None] & ((block + 1) * BV + u < V)[None, :], 0.0)
+        if NV > 1:
+            tile = ahead
     if PRECONDITIONED:
         tl.store(at, after, i < K)
 
