@@ -159,19 +159,6 @@ def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def map_rows(
-    maps, g, h, row, i, HV: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BACK: tl.constexpr
-):  # fmt: skip
-    """[BR, BK] of the map of segment g, rows from `row` on; BACK: of its transpose."""
-    r = row + tl.arange(0, BR)
-    if BACK:
-        at = i[None, :] * K + r[:, None]
-    else:
-        at = r[:, None] * K + i[None, :]
-    return tl.load(maps + (g * HV + h).to(tl.int64) * K * K + at, (r < K)[:, None] & (i < K)[None, :], 0.0)
-
-
-@triton.jit
 def chain_kernel(
     maps, steps, x_0, starts, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
@@ -193,23 +180,21 @@ def chain_kernel(
         x = tl.load(x_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     first = n * SPLIT + (SPLIT - 1 if BACK else 0)
     tl.store(starts + (first * HV + h).to(tl.int64) * K * V + entries, x, inside)
-    # Rows of M a block at a time (in three terms of tf32 all of it would not fit in registers), and one block ahead.
-    BLOCKS: tl.constexpr = BK // BR
-    M = map_rows(maps, first, h, 0, i, HV, K, BR, BACK)
-    for turn in range(0, (SPLIT - 1) * BLOCKS):
-        g = first - turn // BLOCKS if BACK else first + turn // BLOCKS
-        block = turn % BLOCKS
-        last = block == BLOCKS - 1
-        ahead = tl.where(turn + 1 < (SPLIT - 1) * BLOCKS, turn + 1, turn)
-        g_ahead = first - ahead // BLOCKS if BACK else first + ahead // BLOCKS
-        M_ahead = map_rows(maps, g_ahead, h, (ahead % BLOCKS) * BR, i, HV, K, BR, BACK)
+    for step in range(0, SPLIT - 1):
+        g = first - step if BACK else first + step
+        cell = (g * HV + h).to(tl.int64)
         after = starts + ((g - 1 if BACK else g + 1) * HV + h).to(tl.int64) * K * V
-        r = block * BR + tl.arange(0, BR)
-        rows_of = r[:, None] * V + u[None, :]
-        live = (r < K)[:, None] & (u < V)[None, :]
-        y = tl.load(steps + (g * HV + h).to(tl.int64) * K * V + rows_of, live, 0.0)
-        tl.store(after + rows_of, y + tl.dot(M, x, input_precision=PRECISION), live)
-        M = M_ahead
-        if last:
-            tl.debug_barrier()
-            x = tl.load(after + entries, inside, 0.0)
+        for block in range(0, BK // BR):
+            # A block of rows at a time: all of M in three terms of tf32 would not fit in registers.
+            r = block * BR + tl.arange(0, BR)
+            if BACK:
+                at = i[None, :] * K + r[:, None]
+            else:
+                at = r[:, None] * K + i[None, :]
+            M = tl.load(maps + cell * K * K + at, (r < K)[:, None] & (i < K)[None, :], 0.0)
+            rows_of = r[:, None] * V + u[None, :]
+            live = (r < K)[:, None] & (u < V)[None, :]
+            y = tl.load(steps + cell * K * V + rows_of, live, 0.0) + tl.dot(M, x, input_precision=PRECISION)
+            tl.store(after + rows_of, y, live)
+        tl.debug_barrier()
+        x = tl.load(after + entries, inside, 0.0)
