@@ -168,7 +168,7 @@ KERNEL_MUTANTS = {
         "dg_row += along_q + b * along_k - along_w",
         "dg_row += along_q + b * along_k",
     ),
-    "d shifted by one": ("precondition", "below(W, C, False)", "below(W, C, True)"),
+    "d shifted by one": ("precondition", "return below(R, C, False)", "return below(R, C, True)"),
     "d shifted by one where clips fire": (
         "precondition",
         "        D = tl.where(r[:, None] == j, d[None, :], D)",
@@ -182,17 +182,20 @@ KERNEL_MUTANTS = {
     ),
     "first token sees lambda": (
         "precondition",
-        "c2 *= exp(before)",
-        "c2 *= exp(upto)",
+        "c2 *= G",
+        "c2 *= G * tl.exp(per_token(forget, first, end, h, HV, C))",
     ),
     "aware feedback without the inner beta": ("precondition", "c2 = b * b", "c2 = b"),
     "no box": ("precondition", ".to(tl.int32), 0) > 0", ".to(tl.int32), 0) >= 0"),
-    "clip at chunk ends only": (
+    "no upper bound": ("precondition", " & (high <= d_max)", ""),
+    "bound without lambda": ("precondition", "low = tl.minimum(d, kept * d)", "low = d"),
+    "walk without the box": ("precondition", "clip(raw_t, d_min, d_max), new)", "raw_t, new)"),
+    "walk from a chunk later": (
         "precondition",
-        "        if WALK:\n            if not safe:",
-        "        new = clip(new, d_min, d_max)\n        safe = new[None, :].shape[0] == 1\n"
-        "        if WALK:\n            if not safe:",
+        "begun = tl.load(stops + n * HV + h)",
+        "begun = tl.load(stops + n * HV + h) + 1",
     ),
+    "last clip forgotten": ("precondition", "fired = m", "fired = begun"),
     "adjoint of d without the feedback": (
         "precondition",
         "new = rest + kept * adj - tl.sum(xx * (eta * c2 * ps)[:, None], 0)",
@@ -213,9 +216,13 @@ KERNEL_MUTANTS = {
     "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
     "segment with a clip passed on": (
         "precondition",
-        "begun = tl.where(stop < tl.minimum",
-        "begun = tl.where(stop < 0 * tl.minimum",
+        "walked - skipped, 0",
+        "walked, 0",
     ),
     "gradient without the feedback's x": ("precondition", "dc2 = -ps * tl.sum(D * s, 1)", "dc2 = 0.0 * ps"),
-    "gradient of lambda, not of its logarithm": ("precondition", "tl.sum(U * D, 1) * lam", "tl.sum(U * D, 1)"),
+    "gradient of lambda, not of its logarithm": (
+        "precondition",
+        "tl.sum(U * D, 1) * tl.exp(per_token(forget, first, end, h, HV, C))",
+        "tl.sum(U * D, 1)",
+    ),
 }

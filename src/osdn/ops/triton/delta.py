@@ -8,9 +8,8 @@
     inter_bwd   dB and dS behind each chunk                                                chunk after chunk, backwards
     intra_bwd   gradients of q, k, w, v, beta, g                                           parallel over chunks
 
-R_tj is the state's decay between j and t. A decay per head multiplies rows; one per key channel (CHANNEL) is put into
-q,
-k and w, each relative to a token between the two that meet, so that no factor exceeds 1 where that could overflow.
+R_tj is the state's decay between j and t. A decay per head multiplies rows; one per key channel is put into q, k and
+w, each relative to a token between the two that meet, so that no factor exceeds 1 where that could overflow.
 Derivations: docs/math.md; what is rounded to bf16: docs/kernels.md.
 """
 
@@ -54,10 +53,8 @@ def factors(x, level, C: tl.constexpr, EXACT: tl.constexpr):
     """Decays of rows t and columns j relative to a token in between, and the pairs (t, j), j < t, that they serve.
 
     level < 0: relative to the chunk's middle, for all pairs; no factor passes exp(80) in a chunk that decays by no
-    more.
-    Otherwise, with h = 2^level, relative to the middle of each block of 2h tokens, for t in its second half and j in
-    its
-    first: factors of at most 1, and sums over their own tokens alone, which no wipe elsewhere can cancel.
+    more. Otherwise, with h = 2^level, relative to the middle of each block of 2h tokens, for t in its second half and
+    j in its first: factors of at most 1, and sums over their own tokens alone, which no wipe elsewhere can cancel.
     """
     r = tl.arange(0, C)
     if level < 0:
@@ -226,8 +223,7 @@ def delta_inter_fwd_kernel(
     PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is not None of: o [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states, and U [tokens, HV,
-    V].
+    """What is not None of: o [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states, U [tokens, HV, V].
 
     v = None: the map of S alone, from the identity -> S_end [N, HV, K, K], with V = K.
     """
@@ -393,8 +389,7 @@ def delta_intra_bwd_kernel(
 
     dq = scale dO S^T + dP w, d(beta k) = -dB S^T + dA w, dw = U dS^T + dP^T q + dA^T (beta k), dP = scale dO U^T and
     dA = -dB U^T where A and P are not 0. As decays are factors of q, k (up to a token) and w (behind it), the
-    gradient of
-    their logarithms is made of q dq, k dk and w dw. BB channels at a time.
+    gradient of their logarithms is made of q dq, k dk and w dw. BB channels at a time.
     """
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV

@@ -4,8 +4,7 @@
     osdn::triton_precondition    d_t alone
 
 As `torch.library` operators they leave a `torch.compile` graph whole. Inputs are taken as the caller has them (bf16,
-fp16
-or fp32, q and k not yet normalised, fewer key than value heads); states are float32.
+fp16 or fp32, q and k not yet normalised, fewer key than value heads); states are float32.
 """
 
 from __future__ import annotations
@@ -245,9 +244,8 @@ class _Rule:
         call, (HV, K) = self.call, a.shape[2:]
         p, adj_ends = call.tokens(HV), call.new(call.chunk_count, HV, K)
         local = {"h_local": call.tokens(HV), "adj_local": torch.empty_like(adj_ends)}
-        common = self.arguments | vars(path) | {
-            "a": a, "rk": rk, "p": p, "adj_ends": adj_ends, "OF_WRITE_KEY": dk_rest is not None,
-        }  # fmt: skip
+        common = self.arguments | vars(path) | {"a": a, "rk": rk, "p": p, "adj_ends": adj_ends}
+        common["OF_WRITE_KEY"] = dk_rest is not None
         call.by_chunk(kernels.precondition_local_kernel, **local, **common)
         passed = {**common, **local, "factors": self.factors(rk, path, False)}
         adj_0 = self.passes(kernels.precondition_bwd_kernel, "d_adj_end", d_adj_end, "d_adj_0", **passed)
@@ -319,7 +317,7 @@ class _Delta:
         o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
         nothing = {"S_0": None, "o": None, "states": None, "U": None}
         pass_on = partial(self.inter, delta.delta_inter_fwd_kernel, intra)
-        starts, maps = None, None
+        starts = maps = None
         if call.SPLIT > 1:
             maps = call.new(call.N * call.SPLIT, HV, K, K)
             pass_on(**nothing | {"v": None, "V": K, "S_end": maps})
@@ -369,14 +367,15 @@ def _parts(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, forget: Tensor | None, cu_seqlens: Tensor | None,
     preconditioned: bool, rule: list[float], l2norm: bool, scale: float, chunk_size: int,
 ) -> _Delta:  # fmt: skip
-    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, _chunk(chunk_size, g))
+    call = _call(k, v, g, cu_seqlens, chunk_size)
     own = _Rule(call, k, beta, forget, _preconditioner(rule), l2norm) if preconditioned else None
     return _Delta(call, q, k, v, beta, g, own, l2norm, scale)
 
 
-def _chunk(chunk_size: int, g: Tensor | None) -> int:
-    """A decay per channel is worked into the products, for which chunks of 64 have too few registers."""
-    return min(chunk_size, 32) if g is not None and g.ndim == 4 else chunk_size
+def _call(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int) -> _Call:
+    # A decay per channel is worked into the products, for which chunks of 64 have too few registers.
+    longest = 32 if g is not None and g.ndim == 4 else 64
+    return _Call(k, v.shape[2], v.shape[3], cu_seqlens, min(chunk_size, longest))
 
 
 def _numbers(p: Preconditioner) -> list[float]:
@@ -411,17 +410,16 @@ def _delta_rule(
 
 
 def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, scale, chunk_size):  # type: ignore[no-untyped-def]
-    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, _chunk(chunk_size, g))
+    call = _call(k, v, g, cu_seqlens, chunk_size)
     n, HV, K, V = call.chunk_count, call.HV, k.shape[3], v.shape[3]
     T, P = (call.new(n, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
     segments = call.N * call.SPLIT
     starts, maps = ((call.new(segments, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if d is None else _empty_path(call)
-    keeps = d is None and (g is None or g.ndim == 3)
-    found = (None if d is None else torch.empty_like(d), T, P if keeps else None, starts, maps, *norms)
-    found += tuple(vars(path).values())
-    return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, *found)
+    d_end = None if d is None else torch.empty_like(d)
+    kept = (T, P if d is None and (g is None or g.ndim == 3) else None, starts, maps, *norms, *vars(path).values())
+    return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, d_end, *kept)
 
 
 def _empty_path(call: _Call) -> _Path:
@@ -438,9 +436,8 @@ def _empty_path(call: _Call) -> _Path:
 
 def _delta_rule_backward(
     do: Tensor, dS: Tensor | None, dd: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
-    forget: Tensor | None, S: Tensor | None, d: Tensor | None, cu_seqlens: Tensor | None, rule: list[float], l2norm:
-    bool,
-    scale: float, chunk_size: int, saved: list[Tensor],
+    forget: Tensor | None, S: Tensor | None, d: Tensor | None, cu_seqlens: Tensor | None, rule: list[float],
+    l2norm: bool, scale: float, chunk_size: int, saved: list[Tensor],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, beta, g, forget, S and d; empty where there is no such input."""
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
@@ -473,8 +470,9 @@ def _precondition(
     own = _Rule(call, k, beta, forget, _preconditioner(rule), False)
     path, d_end = own.forward(d, None)
     used = call.tokens(*k.shape[2:])
-    arguments = own.arguments | vars(path) | {"PRECISION": call.EXACT}
-    call.by_chunk(kernels.precondition_expand_kernel, rk=None, d=used, **arguments)
+    call.by_chunk(
+        kernels.precondition_expand_kernel, rk=None, d=used, PRECISION=call.EXACT, **own.arguments, **vars(path)
+    )
     return used, d_end, *_or_empty(k, *vars(path).values())
 
 
@@ -514,9 +512,8 @@ def _differentiable(
     """`forward` with gradients: an autograd.Function, and in compiled graphs an operator of torch.library.
 
     The second alone would cost eager calls more of the host's time than the launches do. Of the results, the first
-    `outputs` are the
-    caller's and the others are saved for `backward`, which takes the gradients of the former, all inputs and the
-    latter.
+    `outputs` are the caller's and the others are saved for `backward`, which takes the gradients of the former, all
+    inputs and the latter.
     """
     tensors = sum(part.strip().startswith("Tensor") for part in schema.split(","))
     cotangents = ", ".join(["Tensor grad"] + [f"Tensor? grad{i}" for i in range(1, outputs)])

@@ -8,11 +8,9 @@
     bwd         p = M^T h and the adjoint before each chunk                               chunk after chunk, backwards
     grads       gradients of k, beta, forget from p, e and the adjoints                     parallel
 
-R_tj = prod_{j < i <= t} lambda_i, G_t = prod_{i < t} lambda_i. A chunk in which a clip fires is finished by a scan of
-its
-tokens and marked `active`; everything else about it can be rebuilt from d before the chunk and e. All in float32, but
-for
-products of [C, K] tiles, which are docs/kernels.md's subject. Derivations: docs/math.md.
+R_tj = prod_{j < i <= t} lambda_i, G_t = prod_{i < t} lambda_i. A chunk in which a clip may fire is walked through
+token by token and marked `active`; all else about it can be rebuilt from d before the chunk and e. All in float32, but
+for M and products of [C, K] tiles, which are docs/kernels.md's subject. Derivations: docs/math.md.
 """
 
 import triton
