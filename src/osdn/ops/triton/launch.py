@@ -59,7 +59,7 @@ CONFIGS: dict[str, list[Config]] = {
         {"BB": 16, "BV": 32, "num_warps": 8},
     ],
     "delta_intra_bwd_kernel, DECAY = 2": [
-        {"BB": 64, "BV": 64, "num_warps": 4, "num_stages": 2, "SINCE": 90},
+        {"BB": 16, "BV": 64, "num_warps": 2, "SINCE": 90},
         {"BB": 16, "BV": 64, "num_warps": 4},
         {"BB": 16, "BV": 16, "num_warps": 4},
     ],
