@@ -69,7 +69,7 @@ class _Call:
 
     @cached_property
     def solved(self) -> torch.dtype:
-        """Of M: as exact as tf32. Where a value overflows, d has to diverge or to stay in its box, and is walked to."""
+        """Of M: as exact as tf32. Where a value overflows, d diverges, or the box stops it and its chunk is walked."""
         return torch.float16 if self.k.dtype == torch.bfloat16 else torch.float32
 
     @cached_property
