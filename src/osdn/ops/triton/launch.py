@@ -37,7 +37,7 @@ CONFIGS: dict[str, list[Config]] = {
     "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
     "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90}, {"BB": 128, "num_warps": 4}],
-    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 32, "num_warps": 2, "SINCE": 90}, {"BB": 16, "num_warps": 4}],
+    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 32, "num_warps": 4, "SINCE": 90}, {"BB": 16, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
         {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90},
         {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
