@@ -280,7 +280,8 @@ def precondition_fwd_kernel(
                         raw_t += tl.exp(one(forget, t, end, h, HV)) * new
                     else:
                         raw_t += new
-                    new = tl.where(t < end, clip(raw_t, d_min, d_max), new)
+                    # The lanes beyond K would be 0 times an error, which may be infinite.
+                    new = tl.where(i < tl.where(t < end, K, 0), clip(raw_t, d_min, d_max), new)
                     tl.store(e + t * HV + h, error, t < end)
         tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(safe, end, first))
         d = new
