@@ -287,6 +287,19 @@ def test_a_step_so_large_that_the_solve_overflows(factor):
     assert torch.equal(got, want)
 
 
+def test_an_infinite_step_stays_among_the_channels_there_are():
+    """K is no power of two: a step of inf times 0 in a lane beyond K is not to reach the products over K."""
+    case = Case(T=20, B=1, H=1, eta=1e30, box=BOX, chunk_size=16)
+    x = case.tensors(torch.float32)
+    x["k"][:, 5] *= 1e5
+    exact = run(case, double(x), "reference")
+    # The gradient of k at that token is 0 times infinity in float32 by the definition, too.
+    del exact["grad k"]
+    got, plain = (errors(case, y, exact) for y in (kernels(case, x), run(case, x, "reference")))
+    over, name = worst({n: e / (2 * plain[n].max() + floor(case, torch.float32)) for n, e in got.items()})
+    assert over <= 1, (name, over)
+
+
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
 def test_steps_are_the_recurrence(decay):
     """The kernel of decoding; test_step.py has more of it."""
