@@ -311,6 +311,18 @@ def test_without_a_box_d_may_grow_by_more_than_fp16_holds():
     assert got <= 2 * bar + (0.1 if DEVICE == "cuda" else floor(case, torch.float32))
 
 
+def test_ints_reach_the_kernels_as_floats(monkeypatch):
+    """Triton compiles a kernel anew for an int that is 1 or a multiple of 16."""
+    from osdn.ops.triton import launch
+
+    seen = set()
+    monkeypatch.setattr(launch, "_run", lambda _kernel, _grid, arguments, _config: seen.add(type(arguments.get("eta"))))
+    x = Case(T=5).tensors(torch.float32)
+    run(Case(T=5, eta=1), on_device(x), "triton")
+    rule(Case(T=5, eta=1), on_device(x), "triton")
+    assert seen - {type(None)} == {float}
+
+
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
 def test_steps_are_the_recurrence(decay):
     """The kernel of decoding; test_step.py has more of it."""

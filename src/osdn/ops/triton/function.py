@@ -387,8 +387,8 @@ def _call(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chu
 
 
 def _numbers(p: Preconditioner) -> list[float]:
-    """A rule as an operator's argument."""
-    return [p.eta, p.d_min, p.d_max, p.feedback == "beta_aware", p.normalize_step]
+    """A rule as an operator's argument. Of an int, Triton would make a constant or compile anew."""
+    return [float(p.eta), float(p.d_min), float(p.d_max), p.feedback == "beta_aware", p.normalize_step]
 
 
 def _preconditioner(rule: list[float]) -> Preconditioner:
