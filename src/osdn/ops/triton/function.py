@@ -68,11 +68,6 @@ class _Call:
         return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
 
     @cached_property
-    def solved(self) -> torch.dtype:
-        """Of M: as exact as tf32. Where a value overflows, d diverges, or the box stops it and its chunk is walked."""
-        return torch.float16 if self.k.dtype == torch.bfloat16 else torch.float32
-
-    @cached_property
     def EXACT(self) -> str:
         return "ieee" if torch.version.hip or INTERPRETED else "tf32x3"
 
@@ -222,9 +217,22 @@ class _Rule:
             call.by_segment(kernel, WALK=True, **{begin: x}, **arguments)
         return ends
 
+    def empty_path(self) -> _Path:
+        call, n, HV, K = self.call, self.call.chunk_count, self.call.HV, self.k.shape[3]
+        # fp16 is as exact as tf32 and overflows where d would grow by 65504 in a chunk: only a box has that walked to.
+        small = self.k.dtype == torch.bfloat16 and self.arguments["BOX"]
+        return _Path(
+            starts=call.new(n, HV, K),
+            e=call.tokens(HV),
+            active=call.new(n, HV, dtype=torch.int32),
+            last=call.new(call.N, HV, dtype=torch.int32),
+            maps=call.new(call.N * call.SPLIT, HV, K, K) if call.SPLIT > 1 else None,
+            solve=call.new(n, HV, call.C, call.C, dtype=torch.float16 if small else torch.float32),
+        )
+
     def forward(self, d: Tensor, rk: Tensor | None) -> tuple[_Path, Tensor]:
         """Where d goes, and d at the end; rk is filled in where keys are to be normalised."""
-        path = _empty_path(self.call)
+        path = self.empty_path()
         arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "stops": None}
         if path.maps is not None:
             self.call.by_segment(kernels.precondition_map_kernel, **arguments)
@@ -331,7 +339,7 @@ class _Delta:
     def backward(
         self, do: Tensor, dS_end: Tensor | None, S: Tensor | None, kept: list[Tensor | None], rq: Tensor | None,
         rk: Tensor | None, path: _Path | None,
-    ) -> dict[str, Tensor | None]:  # fmt: skip
+    ) -> dict[str, Any]:  # fmt: skip
         """Gradients by name; with a preconditioner, dk is that of k as used, without the part that comes through w."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
         T, P, starts, maps = kept
@@ -379,8 +387,8 @@ def _call(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chu
 
 
 def _numbers(p: Preconditioner) -> list[float]:
-    """A rule as an operator's argument."""
-    return [p.eta, p.d_min, p.d_max, p.feedback == "beta_aware", p.normalize_step]
+    """A rule as an operator's argument. Of an int, Triton would make a constant or compile anew."""
+    return [float(p.eta), float(p.d_min), float(p.d_max), p.feedback == "beta_aware", p.normalize_step]
 
 
 def _preconditioner(rule: list[float]) -> Preconditioner:
@@ -410,28 +418,16 @@ def _delta_rule(
 
 
 def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, scale, chunk_size):  # type: ignore[no-untyped-def]
-    call = _call(k, v, g, cu_seqlens, chunk_size)
+    parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
+    call = parts.call
     n, HV, K, V = call.chunk_count, call.HV, k.shape[3], v.shape[3]
     T, P = (call.new(n, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
-    segments = call.N * call.SPLIT
-    starts, maps = ((call.new(segments, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
+    starts, maps = ((call.new(call.N * call.SPLIT, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
-    path = _Path() if d is None else _empty_path(call)
+    path = _Path() if parts.rule is None else parts.rule.empty_path()
     d_end = None if d is None else torch.empty_like(d)
     kept = (T, P if d is None and (g is None or g.ndim == 3) else None, starts, maps, *norms, *vars(path).values())
     return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, d_end, *kept)
-
-
-def _empty_path(call: _Call) -> _Path:
-    n, HV, K = call.chunk_count, call.HV, call.k.shape[3]
-    return _Path(
-        starts=call.new(n, HV, K),
-        e=call.tokens(HV),
-        active=call.new(n, HV, dtype=torch.int32),
-        last=call.new(call.N, HV, dtype=torch.int32),
-        maps=call.new(call.N * call.SPLIT, HV, K, K) if call.SPLIT > 1 else None,
-        solve=call.new(n, HV, call.C, call.C, dtype=call.solved),
-    )
 
 
 def _delta_rule_backward(
@@ -446,8 +442,6 @@ def _delta_rule_backward(
     at = None if parts.rule is None else _Path(*path)
     found = parts.backward(do, dS, S, kept, rq, rk, at)
     dq, dk, dbeta, dw, dforget, dd_0 = (*(found[n] for n in ("dq", "dk", "dbeta", "dw")), None, None)
-    assert dq is not None
-    assert dk is not None
     if parts.rule is not None and at is not None and dw is not None:
         dk, dbeta, dforget, dd_0 = parts.rule.backward(dw, dd, rk, at, dk, dbeta)
     groups = v.shape[2] // k.shape[2]
@@ -462,23 +456,26 @@ def _delta_rule_backward_fake(do, dS, dd, q, k, v, beta, g, forget, S, d, *_):  
     return *(torch.empty_like(x) for x in (q, k, v)), *_or_empty(k, *gates, *rest)
 
 
+def _alone(k: Tensor, beta: Tensor | None, forget: Tensor | None, cu: Tensor | None, rule: list[float]) -> _Rule:
+    return _Rule(_Call(k, k.shape[2], 1, cu, 64), k, beta, forget, _preconditioner(rule), False)
+
+
 def _precondition(
     k: Tensor, beta: Tensor | None, forget: Tensor | None, d: Tensor, cu_seqlens: Tensor | None, rule: list[float]
 ) -> tuple[Tensor, ...]:
     """d_t, d at the end and what the backward needs: d before each chunk, e, where clips fired."""
-    call = _Call(k, k.shape[2], 1, cu_seqlens, 64)
-    own = _Rule(call, k, beta, forget, _preconditioner(rule), False)
+    own = _alone(k, beta, forget, cu_seqlens, rule)
     path, d_end = own.forward(d, None)
-    used = call.tokens(*k.shape[2:])
-    call.by_chunk(
-        kernels.precondition_expand_kernel, rk=None, d=used, PRECISION=call.EXACT, **own.arguments, **vars(path)
+    used = own.call.tokens(*k.shape[2:])
+    own.call.by_chunk(
+        kernels.precondition_expand_kernel, rk=None, d=used, PRECISION=own.call.EXACT, **own.arguments, **vars(path)
     )
     return used, d_end, *_or_empty(k, *vars(path).values())
 
 
 def _precondition_fake(k, beta, forget, d, cu_seqlens, rule):  # type: ignore[no-untyped-def]
-    call = _Call(k, k.shape[2], 1, cu_seqlens, 64)
-    return call.tokens(*k.shape[2:]), torch.empty_like(d), *_or_empty(k, *vars(_empty_path(call)).values())
+    own = _alone(k, beta, forget, cu_seqlens, rule)
+    return own.call.tokens(*k.shape[2:]), torch.empty_like(d), *_or_empty(k, *vars(own.empty_path()).values())
 
 
 def _precondition_backward(
@@ -486,7 +483,7 @@ def _precondition_backward(
     cu_seqlens: Tensor | None, rule: list[float], saved: list[Tensor],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of k, beta, forget and d_0; empty where there is no such input."""
-    own = _Rule(_Call(k, k.shape[2], 1, cu_seqlens, 64), k, beta, forget, _preconditioner(rule), False)
+    own = _alone(k, beta, forget, cu_seqlens, rule)
     dk, dbeta, dforget, dd_0 = own.backward(a, dd, None, _Path(*_or_none(*saved)))
     if beta is not None and dbeta is None:
         dbeta = torch.zeros_like(beta, dtype=torch.float32)

@@ -84,10 +84,14 @@ def walk(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
     start=0,
 ):  # fmt: skip
-    """The chunk's tokens one by one, e given: d_t [C, BK], and one bit per token where its clip was inactive [BK]."""
+    """The chunk's tokens one by one, e given: d_t [C, BK], and one bit per token where its clip was inactive [BK].
+
+    Lanes beyond K stay as they are: there an infinite step is 0 times infinity.
+    """
     r = tl.arange(0, C)
     D = tl.zeros([C, BK], tl.float32)
     inside = tl.zeros([BK], tl.int64)
+    i = start + tl.arange(0, BK)
     x_n = key(k, rk, first, end, h, H, HV, K, BK, start)
     for j in range(0, C):
         t = first + j
@@ -100,7 +104,7 @@ def walk(
         else:
             raw += d
         passes = (t >= end) | ((raw >= d_min) & (raw <= d_max))
-        d = tl.where(t < end, clip(raw, d_min, d_max), d)
+        d = tl.where(i < tl.where(t < end, K, 0), clip(raw, d_min, d_max), d)
         inside = inside | (passes.to(tl.int64) << j)
     return D, inside
 
@@ -280,7 +284,8 @@ def precondition_fwd_kernel(
                         raw_t += tl.exp(one(forget, t, end, h, HV)) * new
                     else:
                         raw_t += new
-                    new = tl.where(t < end, clip(raw_t, d_min, d_max), new)
+                    # As in `walk`, lanes beyond K stay.
+                    new = tl.where(i < tl.where(t < end, K, 0), clip(raw_t, d_min, d_max), new)
                     tl.store(e + t * HV + h, error, t < end)
         tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(safe, end, first))
         d = new
