@@ -541,6 +541,13 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
         monkeypatch.setitem(launch.CONFIGS, name, configs)
 
 
+def test_blocks_are_as_wide_as_what_they_split():
+    from osdn.ops.triton.launch import configs
+
+    maps = (configs("precondition_map_kernel", {"K": K, "BK": max(16, K)}, since=90)[0]["BV"] for K in (8, 128))
+    assert list(maps) == [16, 64]
+
+
 @gpu
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("B", "T", "K", "V"), [(4097, 4096, 128, 16), (70_000, 16, 16, 16)])

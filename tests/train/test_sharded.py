@@ -57,8 +57,10 @@ def test_fully_sharded_training_is_that_of_one_process(tmp_path):
     whole.save_pretrained(tmp_path / "whole")
     again = osdn.OSDNForCausalLM.from_pretrained(tmp_path / "whole")
     for name, p in model.named_parameters():
-        # AdamW makes whole steps of rounding where a gradient is next to nothing; untrained ones are 0.1 away.
-        assert (again.get_parameter(name) - p).norm() < (2e-2 if GPUS else 1e-3) * p.norm(), name
+        if GPUS:  # AdamW makes whole steps of rounding where a gradient is next to nothing; untrained ones are 0.1 away
+            assert (again.get_parameter(name) - p).norm() < 2e-2 * p.norm(), name
+        else:
+            torch.testing.assert_close(again.get_parameter(name), p, rtol=1e-3, atol=1e-4, msg=name)
         assert torch.equal(again.get_parameter(name), whole.get_parameter(name))
     assert max((again.get_parameter(n) - torch.tensor(special[n])).abs().max() for n in names) > 1e-3  # it was trained
 

@@ -209,13 +209,6 @@ def row_factors(
 
 
 @triton.jit
-def columns(x, first, end, h, u, HV: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
-    """[C, BV] of x [tokens, HV, V], columns u; 0 outside."""
-    t = first + tl.arange(0, C)
-    return tl.load(x + ((t * HV + h) * V)[:, None] + u[None, :], (t < end)[:, None] & (u < V)[None, :], 0.0)
-
-
-@triton.jit
 def delta_inter_fwd_kernel(
     q, k, w, v, beta, g, rq, rk, decay, T, P, S_0, o, S_end, states, U, cu_seqlens, first_chunk, scale, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -243,15 +236,12 @@ def delta_inter_fwd_kernel(
         S = tl.zeros([BK, BV], tl.float32)
     vr = tl.zeros([C, BV], w.dtype.element_ty)
     if v is not None:
-        vr = columns(v, begin, end, h, u, HV, V, C)
+        vr = rows(v, begin, end, h, HV, V, C, BV, bv * BV)
     if S_0 is not None:
         S = tl.load(S_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     for m in tl.range(0, tl.cdiv(end - begin, C), num_stages=STAGES):
         first = begin + m * C
         cell = (c + m) * HV + h
-        t = first + r
-        value = ((t * HV + h) * V)[:, None] + u[None, :]
-        live = (t < end)[:, None] & (u < V)[None, :]
         fq, fk, fw, kept = row_factors(g, rq, rk, first, end, h, H, HV, C, DECAY, PRECONDITIONED, L2NORM)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
@@ -260,17 +250,17 @@ def delta_inter_fwd_kernel(
         Sd = S.to(DT)
         B = (vr.to(tl.float32) - tl.dot(kr, Sd, input_precision=PRECISION) * fk[:, None]) * b[:, None]
         if v is not None:  # in registers until the next turn: shared memory is full of what products read
-            vr = columns(v, first + C, end, h, u, HV, V, C)
+            vr = rows(v, first + C, end, h, HV, V, C, BV, bv * BV)
         Uc = tl.dot(Tc.to(DT), B.to(DT), input_precision=PRECISION)
         if o is not None:
             qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
             Pc = tl.load(P + cell * C * C + r[:, None] * C + r[None, :])
             out = tl.dot(qr, Sd, input_precision=PRECISION) * (scale * fq)[:, None]
             out += tl.dot(Pc.to(DT), Uc.to(DT), input_precision=PRECISION)
-            tl.store(o + value, out.to(o.dtype.element_ty), live)
+            store_rows(o, out, first, end, h, HV, V, C, BV, bv * BV)
         if states is not None:
             tl.store(states + cell * K * V + entries, S.to(states.dtype.element_ty), inside)
-            tl.store(U + value, Uc.to(U.dtype.element_ty), live)
+            store_rows(U, Uc, first, end, h, HV, V, C, BV, bv * BV)
         if DECAY == 1:
             S *= kept
         if DECAY == 2:
@@ -306,13 +296,10 @@ def delta_inter_bwd_kernel(
     if dS_end is not None:
         dS = tl.load(dS_end + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     count = tl.cdiv(end - begin, C)
-    dor = columns(do, begin + tl.maximum(count - 1, 0) * C, end, h, u, HV, V, C)
+    dor = rows(do, begin + tl.maximum(count - 1, 0) * C, end, h, HV, V, C, BV, bv * BV)
     for back in tl.range(0, count, num_stages=STAGES):
         first = begin + (count - 1 - back) * C
         cell = (c + count - 1 - back) * HV + h
-        t = first + r
-        value = ((t * HV + h) * V)[:, None] + u[None, :]
-        live = (t < end)[:, None] & (u < V)[None, :]
         fq, fk, fw, kept = row_factors(g, rq, rk, first, end, h, H, HV, C, DECAY, PRECONDITIONED, L2NORM)
         qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
@@ -328,9 +315,9 @@ def delta_inter_bwd_kernel(
         dU += tl.dot(tl.trans(Pc), dor.to(DT), input_precision=PRECISION)
         dBc = tl.dot(tl.trans(Tc), dU.to(DT), input_precision=PRECISION)
         if dB is not None:
-            tl.store(dB + value, dBc.to(dB.dtype.element_ty), live)
+            store_rows(dB, dBc, first, end, h, HV, V, C, BV, bv * BV)
         scaled = (dor.to(tl.float32) * (scale * fq)[:, None]).to(DT)
-        dor = columns(do, tl.maximum(first - C, begin), end, h, u, HV, V, C)  # as v in `delta_inter_fwd_kernel`
+        dor = rows(do, tl.maximum(first - C, begin), end, h, HV, V, C, BV, bv * BV)  # as v in `delta_inter_fwd_kernel`
         if DECAY == 1:
             dS *= kept
         if DECAY == 2:
