@@ -154,8 +154,8 @@ KERNEL_MUTANTS = {
     "state undecayed": ("delta", " S *= kept", " S *= 1.0"),
     "state of a channel undecayed": (
         "delta",
-        " S *= tl.load(decay + cell * K + i, i < K, 0.0)[:, None]",
-        " S *= 1.0",
+        "kept = tl.load(decay + cell * K + i, i < K, 0.0)",
+        "kept = tl.full([BK], 1.0, tl.float32)",
     ),
     "output misses its own write": ("delta", "below(PP, C, True)", "below(PP, C, False)"),
     "decay of a write includes its own token": ("delta", "at = ((first + r + 1) * HV", "at = ((first + r) * HV"),
@@ -210,8 +210,8 @@ KERNEL_MUTANTS = {
     ),
     "segments on the way back by the map itself": (
         "shared",
-        "at = i[None, :] * K + r[:, None]",
-        "at = r[:, None] * K + i[None, :]",
+        "of = i[None, :] * K + r[:, None]",
+        "of = r[:, None] * K + i[None, :]",
     ),
     "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
     "segment with a clip passed on": (

@@ -425,7 +425,8 @@ def test_mutant_is_killed(name, tmp_path, monkeypatch):
 
 
 def test_saves_little_more_than_the_plain_delta_rule(monkeypatch):
-    """Against what flash-linear-attention's `chunk_delta_rule` keeps: q, k, v, beta, two norms, T, the first state."""
+    """Against flash-linear-attention's `chunk_delta_rule` in a layer, where q and k live on as results of convolutions:
+    it keeps v, beta, T, the first state, and q and k again, normalised, with norms."""
     from osdn.ops.triton import launch
 
     monkeypatch.setattr(launch, "_run", lambda *_: None)
@@ -439,7 +440,7 @@ def test_saves_little_more_than_the_plain_delta_rule(monkeypatch):
         osdn.online_scaled_delta_rule(
             q, k, v, beta, forget=forget, preconditioner=p, initial_state=state, backend="triton"
         )
-    theirs = sum(y.nbytes for y in (q, k, v, beta, state.S)) + B * T * H * (2 * 4 + 64 * 2)
+    theirs = sum(y.nbytes for y in (q, q, k, k, v, beta, state.S)) + B * T * H * (2 * 4 + 64 * 2)
     # Both would keep the gates that are inputs anyway.
     assert sum(y.nbytes for y in kept.values()) - forget.nbytes <= 1.15 * theirs
 

@@ -4,6 +4,7 @@
     O = scale q S + P U,  S <- Gamma S + w^T U
 
     intra_fwd   w, T = (I + A)^-1 and P of every chunk                                     parallel over chunks
+    channels    q, k and w with the decays of their channels in them                       parallel over chunks
     inter_fwd   O and S, or for the backward S before each chunk and U                     chunk after chunk
     inter_bwd   dB and dS behind each chunk                                                chunk after chunk, backwards
     intra_bwd   gradients of q, k, w, v, beta, g                                           parallel over chunks
@@ -89,18 +90,24 @@ def norm(x, first, end, h, heads, K: tl.constexpr, C: tl.constexpr, BK: tl.const
 
 
 @triton.jit
+def scalar_decay(g, first, end, h, HV: tl.constexpr, C: tl.constexpr):
+    """The sums of g up to each token, exp of them and of those behind it [C], and exp of that over the chunk."""
+    _, upto, whole = log_sums(g, first, end, h, HV, C)
+    return upto, exp(upto), exp(whole - upto), exp(whole)
+
+
+@triton.jit
 def delta_intra_fwd_kernel(
-    q, k, beta, g, forget, rq, rk, starts, e, active, w, qx, kx, wx, decay, T, P, cu_seqlens, chunks,
-    scale, eta, d_min, d_max, tokens,
+    q, k, beta, g, forget, rq, rk, starts, e, active, w, scales, T, P, cu_seqlens, chunks, scale, eta, d_min, d_max,
+    tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr,
-    BOX: tl.constexpr, PACKED: tl.constexpr, SOLVE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
+    BOX: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """T (with SOLVE) and P [chunks, HV, C, C]; w [tokens, HV, K]; rq and rk [tokens, H].
+    """T and P [chunks, HV, C, C]; w [tokens, HV, K]; rq and rk [tokens, H]. BB channels at a time.
 
-    With DECAY = 2 also q, k, w with the decays to the chunk's start and end -> qx, kx, wx, and exp(sum g) -> decay. BB
-    channels at a time.
+    Unless DECAY = 2, what the passes over chunks multiply rows of q, k and w with, decays to the chunk's start and end
+    among it, and the chunk's own decay -> scales [chunks, HV, 4, C].
     """
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
@@ -114,12 +121,10 @@ def delta_intra_fwd_kernel(
     nq = nk
     if L2NORM:
         nq = norm(q, first, end, hk, H, K, C, BK)
-        tl.store(rq + t * H + hk, nq, t < end)
         if PRECONDITIONED:
             nk = per_token(rk, first, end, hk, H, C)
         else:
             nk = norm(k, first, end, hk, H, K, C, BK)
-            tl.store(rk + t * H + hk, nk, t < end)
     fired = False
     if PRECONDITIONED:
         R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
@@ -146,11 +151,6 @@ def delta_intra_fwd_kernel(
             store_rows(w, wn, first, end, h, HV, K, C, BB, at)
         if DECAY == 2:
             x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
-            upto, behind, kept = upto_and_behind(g, x, first, end, h, HV, K, C, BB, at)
-            store_rows(qx, qr.to(tl.float32) * nq[:, None] * upto, first, end, h, HV, K, C, BB, at)
-            store_rows(kx, kn * upto, first, end, h, HV, K, C, BB, at)
-            store_rows(wx, wn * behind, first, end, h, HV, K, C, BB, at)
-            tl.store(decay + (c * HV + h) * K + i, kept, i < K)
             diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
             wd = wn.to(DT)
             lowest = first_level(x)
@@ -161,59 +161,99 @@ def delta_intra_fwd_kernel(
             wt = tl.trans(wn.to(DT))
             A = tl.dot(kr, wt, A, input_precision=PRECISION)
             PP = tl.dot(qr, wt, PP, input_precision=PRECISION)
+    if L2NORM:  # after the loop, so that q and k are loaded once
+        tl.store(rq + t * H + hk, nq, t < end)
+        if not PRECONDITIONED:
+            tl.store(rk + t * H + hk, nk, t < end)
     A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
-    if DECAY == 1:
-        _, upto, _ = log_sums(g, first, end, h, HV, C)
-        decays = between(upto, upto, C)
-        A *= decays
-        PP *= decays
-    if DECAY == 2:
+    if DECAY != 2:
+        fw = tl.full([C], 1.0, tl.float32) if PRECONDITIONED else nk
+        at_scales = scales + (c * HV + h) * 4 * C + r
+        fq = scale * nq
+        fk = nk
+        if DECAY == 1:
+            sums, upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
+            decays = between(sums, sums, C)
+            A *= decays
+            PP *= decays
+            fq *= upto
+            fk *= upto
+            fw *= behind
+            tl.store(at_scales + 3 * C, tl.zeros([C], tl.float32) + kept)
+        tl.store(at_scales, fq)
+        tl.store(at_scales + C, fk)
+        tl.store(at_scales + 2 * C, fw)
+    else:
         PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
     PP *= (scale * nq)[:, None]
     square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
     tl.store(P + square, below(PP, C, True).to(P.dtype.element_ty))
-    if SOLVE:
-        tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION).to(T.dtype.element_ty))
+    tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION).to(T.dtype.element_ty))
 
 
 @triton.jit
-def scalar_decay(g, first, end, h, HV: tl.constexpr, C: tl.constexpr):
-    """The sums of g up to each token, exp of them and of those behind it [C], and exp of that over the chunk."""
-    _, upto, whole = log_sums(g, first, end, h, HV, C)
-    return upto, exp(upto), exp(whole - upto), exp(whole)
-
-
-@triton.jit
-def row_factors(
-    g, rq, rk, first, end, h, H: tl.constexpr, HV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    PRECONDITIONED: tl.constexpr, L2NORM: tl.constexpr,
+def delta_channels_kernel(
+    q, k, w, g, rq, rk, qx, kx, wx, decay, cu_seqlens, chunks, scale, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
+    L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What the rows of q, k and w as stored are multiplied with [C]: norms and decays; and the chunk's own decay."""
-    fq = tl.full([C], 1.0, tl.float32)
-    fk = fq
-    fw = fq
-    kept = 1.0
-    if DECAY != 2:
-        if L2NORM:
-            hk = h // (HV // H)
-            fq = per_token(rq, first, end, hk, H, C)
-            fk = per_token(rk, first, end, hk, H, C)
-            if not PRECONDITIONED:
-                fw = fk
-        if DECAY == 1:
-            _sums, upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
-            fq *= upto
-            fk *= upto
-            fw *= behind
-    return fq, fk, fw, kept
+    """With a decay per channel, what the passes over chunks read: scale q, k, w with the decays to the chunk's start
+    and end -> qx, kx, wx [tokens, HV, K], and exp(sum g) -> decay [chunks, HV, K]."""
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    hk = h // (HV // H)
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    nq = tl.full([C], 1.0, tl.float32)
+    nk = nq
+    if L2NORM:
+        nq = per_token(rq, first, end, hk, H, C)
+        nk = per_token(rk, first, end, hk, H, C)
+    for block in tl.range(0, BK // BB, disable_licm=True):
+        at = block * BB
+        i = at + tl.arange(0, BB)
+        x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
+        upto, behind, kept = upto_and_behind(g, x, first, end, h, HV, K, C, BB, at)
+        tl.store(decay + (c * HV + h) * K + i, kept, i < K)
+        y = rows(q, first, end, hk, H, K, C, BB, at).to(tl.float32) * (scale * nq)[:, None]
+        store_rows(qx, y * upto, first, end, h, HV, K, C, BB, at)
+        y = rows(k, first, end, hk, H, K, C, BB, at).to(tl.float32) * nk[:, None]
+        store_rows(kx, y * upto, first, end, h, HV, K, C, BB, at)
+        if PRECONDITIONED:
+            y = rows(w, first, end, h, HV, K, C, BB, at).to(tl.float32)
+        store_rows(wx, y * behind, first, end, h, HV, K, C, BB, at)
+
+
+@triton.jit
+def at_hand(
+    scales, decay, cell, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    PRECONDITIONED: tl.constexpr,
+):  # fmt: skip
+    """What was left to multiply rows of q, k and w with [C], and S over the chunk [BK, 1]."""
+    i = tl.arange(0, BK)
+    fw = tl.full([C], 1.0, tl.float32)
+    if DECAY == 2:
+        fq = fw
+        fk = fw
+        kept = tl.load(decay + cell * K + i, i < K, 0.0)
+    else:
+        at = scales + cell * 4 * C
+        fq = tl.load(at + tl.arange(0, C))
+        fk = tl.load(at + C + tl.arange(0, C))
+        if DECAY == 1 or not PRECONDITIONED:
+            fw = tl.load(at + 2 * C + tl.arange(0, C))
+        # As a number it would be waited for in each chunk: only loads of tensors are issued ahead.
+        kept = tl.load(at + 3 * C + i % C)
+    return fq, fk, fw, kept[:, None]
 
 
 @triton.jit
 def delta_inter_fwd_kernel(
-    q, k, w, v, beta, g, rq, rk, decay, T, P, S_0, o, S_end, states, U, cu_seqlens, first_chunk, scale, tokens,
+    q, k, w, v, beta, decay, scales, T, P, S_0, o, S_end, states, U, cu_seqlens, first_chunk, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
-    PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr,
+    PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """What is not None of: o [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states, U [tokens, HV, V].
@@ -242,7 +282,7 @@ def delta_inter_fwd_kernel(
     for m in tl.range(0, tl.cdiv(end - begin, C), num_stages=STAGES):
         first = begin + m * C
         cell = (c + m) * HV + h
-        fq, fk, fw, kept = row_factors(g, rq, rk, first, end, h, H, HV, C, DECAY, PRECONDITIONED, L2NORM)
+        fq, fk, fw, kept = at_hand(scales, decay, cell, K, BK, C, DECAY, PRECONDITIONED)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
         Tc = tl.load(T + cell * C * C + r[:, None] * C + r[None, :])
@@ -255,16 +295,14 @@ def delta_inter_fwd_kernel(
         if o is not None:
             qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
             Pc = tl.load(P + cell * C * C + r[:, None] * C + r[None, :])
-            out = tl.dot(qr, Sd, input_precision=PRECISION) * (scale * fq)[:, None]
+            out = tl.dot(qr, Sd, input_precision=PRECISION) * fq[:, None]
             out += tl.dot(Pc.to(DT), Uc.to(DT), input_precision=PRECISION)
             store_rows(o, out, first, end, h, HV, V, C, BV, bv * BV)
         if states is not None:
             tl.store(states + cell * K * V + entries, S.to(states.dtype.element_ty), inside)
             store_rows(U, Uc, first, end, h, HV, V, C, BV, bv * BV)
-        if DECAY == 1:
+        if DECAY != 0:
             S *= kept
-        if DECAY == 2:
-            S *= tl.load(decay + cell * K + i, i < K, 0.0)[:, None]
         S += tl.dot(tl.trans(wr), (Uc * fw[:, None]).to(DT), input_precision=PRECISION)
     if S_end is not None:
         tl.store(S_end + (n * HV + h).to(tl.int64) * K * V + entries, S, inside)
@@ -272,10 +310,10 @@ def delta_inter_fwd_kernel(
 
 @triton.jit
 def delta_inter_bwd_kernel(
-    q, k, w, beta, g, rq, rk, decay, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, scale, tokens,
+    q, k, w, beta, decay, scales, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr,
-    PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr,
+    PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """What is not None of: dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0 [N, HV, K, V].
@@ -300,7 +338,7 @@ def delta_inter_bwd_kernel(
     for back in tl.range(0, count, num_stages=STAGES):
         first = begin + (count - 1 - back) * C
         cell = (c + count - 1 - back) * HV + h
-        fq, fk, fw, kept = row_factors(g, rq, rk, first, end, h, H, HV, C, DECAY, PRECONDITIONED, L2NORM)
+        fq, fk, fw, kept = at_hand(scales, decay, cell, K, BK, C, DECAY, PRECONDITIONED)
         qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
@@ -316,12 +354,10 @@ def delta_inter_bwd_kernel(
         dBc = tl.dot(tl.trans(Tc), dU.to(DT), input_precision=PRECISION)
         if dB is not None:
             store_rows(dB, dBc, first, end, h, HV, V, C, BV, bv * BV)
-        scaled = (dor.to(tl.float32) * (scale * fq)[:, None]).to(DT)
+        scaled = (dor.to(tl.float32) * fq[:, None]).to(DT)
         dor = rows(do, tl.maximum(first - C, begin), end, h, HV, V, C, BV, bv * BV)  # as v in `delta_inter_fwd_kernel`
-        if DECAY == 1:
+        if DECAY != 0:
             dS *= kept
-        if DECAY == 2:
-            dS *= tl.load(decay + cell * K + i, i < K, 0.0)[:, None]
         dS += tl.dot(tl.trans(qr), scaled, input_precision=PRECISION)
         dS -= tl.dot(tl.trans(kr), (dBc * (b * fk)[:, None]).to(DT), input_precision=PRECISION)
     if dS_0 is not None:

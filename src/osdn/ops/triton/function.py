@@ -235,7 +235,7 @@ class _Rule:
         path = self.empty_path()
         arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "stops": None}
         if path.maps is not None:
-            self.call.by_segment(kernels.precondition_map_kernel, **arguments)
+            self.call.by_segment(kernels.precondition_map_kernel, L2NORM=self.l2norm, **arguments)
         ends = self.passes(kernels.precondition_fwd_kernel, "d_0", d, "d_end", **arguments)
         return path, self.call.of_sequences(ends, -1)
 
@@ -292,70 +292,71 @@ class _Delta:
             "PRECONDITIONED": self.rule is not None,
         }  # fmt: skip
 
-    def intra(self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, T: Tensor | None) -> dict[str, Any]:
-        """What the passes over chunks read: q, k, w (with a channel's decays in them), P, and T unless given."""
+    def intra(self, rq: Tensor | None, rk: Tensor | None, path: _Path | None) -> dict[str, Tensor | None]:
+        """Of each chunk alone: T, P, w, and scales of rows; rq and rk are filled in."""
         call, HV, K = self.call, self.call.HV, self.k.shape[3]
-        square = (call.chunk_count, HV, call.C, call.C)
-        inverse = call.new(*square, dtype=call.stored) if T is None else None
-        P = call.new(*square, dtype=call.stored)
+        T, P = (call.new(call.chunk_count, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
         w = None if self.rule is None else call.tokens(HV, K, dtype=call.stored)
-        qx, kx, wx = (call.tokens(HV, K, dtype=call.stored) if self.DECAY == 2 else None for _ in range(3))
-        decay = call.new(call.chunk_count, HV, K) if self.DECAY == 2 else None
+        scales = None if self.DECAY == 2 else call.new(call.chunk_count, HV, 4, call.C)
         none = {"k": self.k, "forget": None, "eta": 0.0, "d_min": 0.0, "d_max": 0.0, "FORGET": False, "BOX": False}
         rule = none if self.rule is None else self.rule.arguments
+        found = {"T": T, "P": P, "w": w, "scales": scales}
         call.by_chunk(
-            delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, w=w, qx=qx, kx=kx, wx=wx, decay=decay, T=inverse, P=P,
-            SOLVE=T is None, **rule | self.common | vars(path or _Path()),
-        )  # fmt: skip
-        found = {"decay": decay, "T": inverse if T is None else T, "P": P, "rq": rq, "rk": rk, "w": w}
-        return found | ({} if qx is None else {"qx": qx, "kx": kx, "wx": wx})
+            delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, **found, **rule | self.common | vars(path or _Path())
+        )
+        return found
 
-    def inter(self, kernel: Any, intra: dict[str, Any], **arguments: Any) -> None:
-        x = {"decay": None, **intra}
-        w = self.k if x["w"] is None else x["w"]
-        x["q"], x["k"], x["w"] = (x.pop(n + "x", y) for n, y in (("q", self.q), ("k", self.k), ("w", w)))
-        self.call.by_segment(kernel, HQ=x["q"].shape[2], HW=x["w"].shape[2], **x, **self.common, **arguments)
+    def read(self, rq: Tensor | None, rk: Tensor | None, intra: dict[str, Any]) -> dict[str, Any]:
+        """What the passes over chunks read."""
+        call, HV, K = self.call, self.call.HV, self.k.shape[3]
+        w = self.k if intra["w"] is None else intra["w"]
+        x = {**self.common, **intra, "q": self.q, "k": self.k, "w": w, "decay": None}
+        if self.DECAY == 2:
+            qx, kx, wx = (call.tokens(HV, K, dtype=call.stored) for _ in range(3))
+            decay = call.new(call.chunk_count, HV, K)
+            into = {"rq": rq, "rk": rk, "qx": qx, "kx": kx, "wx": wx, "decay": decay}
+            call.by_chunk(delta.delta_channels_kernel, **x | into)
+            x |= {"q": qx, "k": kx, "w": wx, "decay": decay}
+        return x | {"HQ": x["q"].shape[2], "HW": x["w"].shape[2]}
 
     def forward(
         self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, S: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """o, S at the end, and what is kept: T, P where that is not too much, S before and the maps of segments."""
+        """o, S at the end, and what is kept: S before and the maps of segments, T, P, w and scales."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
-        intra = self.intra(rq, rk, path, None)
+        intra = self.intra(rq, rk, path)
         o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
         nothing = {"S_0": None, "o": None, "states": None, "U": None}
-        pass_on = partial(self.inter, delta.delta_inter_fwd_kernel, intra)
+        pass_on = partial(call.by_segment, delta.delta_inter_fwd_kernel, **self.read(rq, rk, intra) | nothing)
         starts = maps = None
         if call.SPLIT > 1:
             maps = call.new(call.N * call.SPLIT, HV, K, K)
-            pass_on(**nothing | {"v": None, "V": K, "S_end": maps})
-            pass_on(**nothing | {"v": self.v, "S_end": ends})
+            pass_on(v=None, V=K, S_end=maps)
+            pass_on(v=self.v, S_end=ends)
             S = starts = call.chain(maps, ends, S, back=False)
-        pass_on(**nothing | {"v": self.v, "S_0": S, "o": o, "S_end": ends})
-        # With w, or with q, k and w under a decay per channel, more would be kept than users of this layer expect.
-        P = None if self.rule is not None or self.DECAY == 2 else intra["P"]
-        return o, call.of_sequences(ends, -1), [intra["T"], P, starts, maps]
+        pass_on(v=self.v, S_0=S, o=o, S_end=ends)
+        return o, call.of_sequences(ends, -1), [starts, maps, *intra.values()]
 
     def backward(
         self, do: Tensor, dS_end: Tensor | None, S: Tensor | None, kept: list[Tensor | None], rq: Tensor | None,
-        rk: Tensor | None, path: _Path | None,
+        rk: Tensor | None,
     ) -> dict[str, Any]:  # fmt: skip
         """Gradients by name; with a preconditioner, dk is that of k as used, without the part that comes through w."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
-        T, P, starts, maps = kept
-        intra = {"T": T, "P": P, "w": None, "rq": rq, "rk": rk} if P is not None else self.intra(rq, rk, path, T)
+        starts, maps, *intra = kept
+        read = self.read(rq, rk, dict(zip(("T", "P", "w", "scales"), intra)))
         states, dstates = (call.new(call.chunk_count, HV, K, V, dtype=call.stored) for _ in range(2))
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
         S_0 = S if starts is None else starts
-        self.inter(delta.delta_inter_fwd_kernel, intra, v=self.v, S_0=S_0, o=None, S_end=None, states=states, U=U)
-        back = partial(self.inter, delta.delta_inter_bwd_kernel, intra, do=do)
+        anew = {"v": self.v, "S_0": S_0, "o": None, "S_end": None, "states": states, "U": U}
+        call.by_segment(delta.delta_inter_fwd_kernel, **read, **anew)
+        back = partial(call.by_segment, delta.delta_inter_bwd_kernel, do=do, **read)
         first = call.new(call.N * call.SPLIT, HV, K, V)
         if maps is not None:
             back(dS_end=None, dB=None, dstates=None, dS_0=first)
             dS_end = call.chain(maps, first, dS_end, back=True)
         back(dS_end=dS_end, dB=dB, dstates=dstates, dS_0=first)
-        w = intra["w"]
-        del intra
+        del read, back  # under a decay per channel, copies of q, k and w
         found = {
             "dq": call.tokens(HV, K, dtype=self.q.dtype),
             "dk": call.tokens(HV, K, dtype=self.q.dtype if self.rule is None else call.stored),
@@ -365,7 +366,7 @@ class _Delta:
             "dw": None if self.rule is None else call.tokens(HV, K, dtype=call.stored),
         }
         call.by_chunk(
-            delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=w, v=self.v, rq=rq, rk=rk, states=states,
+            delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=intra[2], v=self.v, rq=rq, rk=rk, states=states,
             dstates=dstates, U=U, dB=dB, do=do, **found, **self.common,
         )  # fmt: skip
         return found | {"dS": None if S is None else call.of_sequences(first, 0)}
@@ -422,11 +423,13 @@ def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, s
     call = parts.call
     n, HV, K, V = call.chunk_count, call.HV, k.shape[3], v.shape[3]
     T, P = (call.new(n, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
+    w = None if d is None else call.tokens(HV, K, dtype=call.stored)
+    scales = None if parts.DECAY == 2 else call.new(n, HV, 4, call.C)
     starts, maps = ((call.new(call.N * call.SPLIT, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if parts.rule is None else parts.rule.empty_path()
     d_end = None if d is None else torch.empty_like(d)
-    kept = (T, P if d is None and (g is None or g.ndim == 3) else None, starts, maps, *norms, *vars(path).values())
+    kept = (starts, maps, T, P, w, scales, *norms, *vars(path).values())
     return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, d_end, *kept)
 
 
@@ -437,10 +440,10 @@ def _delta_rule_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, beta, g, forget, S and d; empty where there is no such input."""
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
-    *kept, rq, rk = _or_none(*saved[:6])
-    path = _or_none(*saved[6:])
+    *kept, rq, rk = _or_none(*saved[:8])
+    path = _or_none(*saved[8:])
     at = None if parts.rule is None else _Path(*path)
-    found = parts.backward(do, dS, S, kept, rq, rk, at)
+    found = parts.backward(do, dS, S, kept, rq, rk)
     dq, dk, dbeta, dw, dforget, dd_0 = (*(found[n] for n in ("dq", "dk", "dbeta", "dw")), None, None)
     if parts.rule is not None and at is not None and dw is not None:
         dk, dbeta, dforget, dd_0 = parts.rule.backward(dw, dd, rk, at, dk, dbeta)
@@ -557,7 +560,7 @@ delta_rule = _differentiable(
     "triton_delta_rule",
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? forget, Tensor? S, Tensor? d, Tensor? cu_seqlens, "
     "float[] rule, bool l2norm, float scale, int chunk_size",
-    _tensors(15), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
+    _tensors(17), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
 )  # fmt: skip
 precondition_rule = _differentiable(
     "triton_precondition",

@@ -320,9 +320,11 @@ def precondition_check_kernel(
 def precondition_map_kernel(
     k, solve, factors, maps, cu_seqlens, first_chunk, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    L2NORM: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """How d at the end of each segment depends on d at its beginning -> maps [segments, HV, K, K], no clip fired."""
+    # Where M may be in fp16, so may this: of tf32's precision, and s of normalised keys is at most 1.
+    DT: tl.constexpr = solve.dtype.element_ty if L2NORM else tl.float32
     NV: tl.constexpr = (K + BV - 1) // BV
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
@@ -331,10 +333,11 @@ def precondition_map_kernel(
     u = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
     D = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
     for m in range(0, tl.cdiv(end - begin, C)):
-        xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
-        X = tl.dot(xx, D, input_precision=PRECISION) * c2[:, None]
-        Y = tl.dot(M, X, input_precision=PRECISION) * (eta * behind)[:, None]
-        D = kept[:, None] * D - tl.dot(tl.trans(xx), Y, input_precision=PRECISION)
+        xx, M, _c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
+        s = (xx * r2[:, None]).to(DT)
+        X = tl.dot(s, D.to(DT), input_precision=PRECISION) * (c2 / r2)[:, None]
+        Y = tl.dot(M.to(DT), X.to(DT), input_precision=PRECISION) * (eta * behind / r2)[:, None]
+        D = kept[:, None] * D - tl.dot(tl.trans(s), Y.to(DT), input_precision=PRECISION)
     at = maps + (n * HV + h).to(tl.int64) * K * K + i[:, None] * K + u[None, :]
     tl.store(at, D, (i < K)[:, None] & (u < K)[None, :])
 

@@ -161,14 +161,15 @@ def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def chain_kernel(
     maps, steps, x_0, starts, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x <- M_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: M_g^T, last first.
 
     maps [segments, HV, K, K]; steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
-    BR: tl.constexpr = 32 if BK > 32 else BK
+    # All of M in three terms of tf32 would not fit in registers.
+    BR: tl.constexpr = BK if BK <= 32 or (BK <= 128 and PRECISION == "tf32") else 32
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
     i = tl.arange(0, BK)
@@ -180,21 +181,24 @@ def chain_kernel(
         x = tl.load(x_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     first = n * SPLIT + (SPLIT - 1 if BACK else 0)
     tl.store(starts + (first * HV + h).to(tl.int64) * K * V + entries, x, inside)
-    for step in range(0, SPLIT - 1):
+    for step in tl.range(0, SPLIT - 1, num_stages=STAGES):
         g = first - step if BACK else first + step
         cell = (g * HV + h).to(tl.int64)
         after = starts + ((g - 1 if BACK else g + 1) * HV + h).to(tl.int64) * K * V
+        y = tl.zeros([BR, BV], tl.float32)
         for block in range(0, BK // BR):
-            # A block of rows at a time: all of M in three terms of tf32 would not fit in registers.
             r = block * BR + tl.arange(0, BR)
-            if BACK:
-                at = i[None, :] * K + r[:, None]
-            else:
-                at = r[:, None] * K + i[None, :]
-            M = tl.load(maps + cell * K * K + at, (r < K)[:, None] & (i < K)[None, :], 0.0)
-            rows_of = r[:, None] * V + u[None, :]
             live = (r < K)[:, None] & (u < V)[None, :]
-            y = tl.load(steps + cell * K * V + rows_of, live, 0.0) + tl.dot(M, x, input_precision=PRECISION)
-            tl.store(after + rows_of, y, live)
-        tl.debug_barrier()
-        x = tl.load(after + entries, inside, 0.0)
+            at = r[:, None] * V + u[None, :]
+            if BACK:
+                of = i[None, :] * K + r[:, None]
+            else:
+                of = r[:, None] * K + i[None, :]
+            M = tl.load(maps + cell * K * K + of, (r < K)[:, None] & (i < K)[None, :], 0.0)
+            y = tl.load(steps + cell * K * V + at, live, 0.0) + tl.dot(M, x, input_precision=PRECISION)
+            tl.store(after + at, y, live)
+        if BR == BK:
+            x = y
+        else:
+            tl.debug_barrier()
+            x = tl.load(after + entries, inside, 0.0)
