@@ -208,11 +208,7 @@ KERNEL_MUTANTS = {
         "through *= tl.exp(one(forget, t, end, h, HV))",
         "through *= 1.0",
     ),
-    "segments on the way back by the map itself": (
-        "shared",
-        "of = i[None, :] * K + r[:, None]",
-        "of = r[:, None] * K + i[None, :]",
-    ),
+    "segments on the way back by the map itself": ("function", "maps.mT.contiguous() if back else maps", "maps"),
     "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
     "segment with a clip passed on": (
         "precondition",

@@ -129,6 +129,7 @@ class _Call:
     def chain(self, maps: Tensor, steps: Tensor, x_0: Tensor | None, back: bool) -> Tensor:
         """x before each segment (behind it, where back) from what the segments do to it."""
         starts = torch.empty_like(steps)
+        maps = maps.mT.contiguous() if back else maps  # of columns, loads would be of four bytes each
         width = steps.shape[3] if steps.ndim == 4 else 1
         self._launch(
             chain_kernel, self.N * self.HV,

@@ -163,7 +163,7 @@ def chain_kernel(
     maps, steps, x_0, starts, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x <- M_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: M_g^T, last first.
+    """x <- M_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: last first.
 
     maps [segments, HV, K, K]; steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
     """
@@ -190,11 +190,7 @@ def chain_kernel(
             r = block * BR + tl.arange(0, BR)
             live = (r < K)[:, None] & (u < V)[None, :]
             at = r[:, None] * V + u[None, :]
-            if BACK:
-                of = i[None, :] * K + r[:, None]
-            else:
-                of = r[:, None] * K + i[None, :]
-            M = tl.load(maps + cell * K * K + of, (r < K)[:, None] & (i < K)[None, :], 0.0)
+            M = tl.load(maps + cell * K * K + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
             y = tl.load(steps + cell * K * V + at, live, 0.0) + tl.dot(M, x, input_precision=PRECISION)
             tl.store(after + at, y, live)
         if BR == BK:
