@@ -208,8 +208,13 @@ KERNEL_MUTANTS = {
         "through *= tl.exp(one(forget, t, end, h, HV))",
         "through *= 1.0",
     ),
-    "segments on the way back by the map itself": ("function", "maps.mT.contiguous() if back else maps", "maps"),
-    "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
+    "segments on the way back by the map itself": ("function", "maps = maps.mT.contiguous()", "pass"),
+    "d of segments on the way back by the map itself": (
+        "shared",
+        "y = tl.sum(M * x, 0)[:, None]",
+        "y = tl.sum(M * tl.trans(x), 1)[:, None]",
+    ),
+    "segments begin with what they alone make": ("shared", "y = tl.dot(M, x, input_precision=PRECISION)", "y *= 0.0"),
     "segment with a clip passed on": (
         "precondition",
         "walked - skipped, 0",

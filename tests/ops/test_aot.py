@@ -39,7 +39,8 @@ def test_kernels_compile_within_the_limits_of_every_target(tmp_path):
     assert in_source
     # Each kernel under each decay once, the targets taking turns; `make aot` compiles all for each.
     found = {(row["kernel"], decay) for row in rows for decay in row["decays"].split()}
-    assert found == {(kernel, decay) for kernel in in_source for decay in aot.DECAYS}
+    only = {"delta_channels_kernel": ("channel",)}
+    assert found == {(kernel, decay) for kernel in in_source for decay in only.get(kernel, aot.DECAYS)}
     assert {row["target"] for row in rows} == set(aot.TARGETS)
     assert all(row["registers"] > 0 for row in rows)
 

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
-# By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
+# By kernel, or kernel and decay or V; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
@@ -36,12 +36,16 @@ CONFIGS: dict[str, list[Config]] = {
         {"BV": 32, "num_warps": 4, "STAGES": 1},
         {"BV": 16, "num_warps": 4, "STAGES": 1},
     ],
+    "chain_kernel, V = 1": [
+        {"BV": 1, "num_warps": 8, "STAGES": 3, "SINCE": 90},
+        {"BV": 1, "num_warps": 8, "STAGES": 1},
+    ],
     "precondition_expand_kernel": [{"num_warps": 4}],
     "precondition_local_kernel": [{"BB": 64, "num_warps": 4, "maxnreg": 128, "SINCE": 90}, {"BB": 64, "num_warps": 4}],
     "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
     "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90}, {"BB": 128, "num_warps": 4}],
-    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 32, "num_warps": 4, "SINCE": 90}, {"BB": 16, "num_warps": 4}],
+    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 32, "num_warps": 2, "SINCE": 90}, {"BB": 16, "num_warps": 4}],
     "delta_channels_kernel": [{"BB": 32, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
         {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90},
@@ -64,7 +68,7 @@ CONFIGS: dict[str, list[Config]] = {
         {"BB": 16, "BV": 32, "num_warps": 8},
     ],
     "delta_intra_bwd_kernel, DECAY = 2": [
-        {"BB": 16, "BV": 64, "num_warps": 2, "SINCE": 90},
+        {"BB": 16, "BV": 32, "num_warps": 2, "SINCE": 90},
         {"BB": 16, "BV": 64, "num_warps": 4},
         {"BB": 16, "BV": 16, "num_warps": 4},
     ],
@@ -85,10 +89,11 @@ def capability(device: torch.device) -> int:
 
 def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
-    found = CONFIGS.get(f"{name}, DECAY = {arguments.get('DECAY')}", CONFIGS[name])
     BK = arguments.get("BK", 0)
     V = arguments.get("V", arguments["K"])
-    widest = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}
+    keys = f"{name}, DECAY = {arguments.get('DECAY')}", f"{name}, V = {V}", name
+    found = next(CONFIGS[key] for key in keys if key in CONFIGS)
+    widest = {"BB": BK, "BV": 1 if V == 1 else max(16, 1 << (V - 1).bit_length())}
     if BK < 64:  # products of few columns by two groups of warps read out of bounds
         widest["num_warps"] = 4
     return [
