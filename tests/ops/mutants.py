@@ -209,12 +209,7 @@ KERNEL_MUTANTS = {
         "through *= 1.0",
     ),
     "segments on the way back by the map itself": ("function", "maps = maps.mT.contiguous()", "pass"),
-    "d of segments on the way back by the map itself": (
-        "shared",
-        "y = tl.sum(M * x, 0)[:, None]",
-        "y = tl.sum(M * tl.trans(x), 1)[:, None]",
-    ),
-    "segments begin with what they alone make": ("shared", "y = tl.dot(M, x, input_precision=PRECISION)", "y *= 0.0"),
+    "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
     "segment with a clip passed on": (
         "precondition",
         "walked - skipped, 0",

@@ -250,7 +250,7 @@ def at_hand(
 
 @triton.jit
 def delta_inter_fwd_kernel(
-    q, k, w, v, beta, decay, scales, T, P, S_0, o, S_end, states, U, cu_seqlens, first_chunk, tokens,
+    q, k, w, v, beta, decay, scales, T, P, S_0, o, S_end, S_map, states, U, cu_seqlens, first_chunk, tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr,
     PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
@@ -258,9 +258,10 @@ def delta_inter_fwd_kernel(
 ):  # fmt: skip
     """What is not None of: o [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states, U [tokens, HV, V].
 
-    v = None: the map of S alone, from the identity -> S_end [N, HV, K, K], with V = K.
+    What the pass does to S but for what v adds -> S_map [N, HV, K, K], computed in columns behind those of S, which
+    begin as the identity.
     """
-    NV: tl.constexpr = (V + BV - 1) // BV
+    NV: tl.constexpr = (V + (0 if S_map is None else K) + BV - 1) // BV
     bv = tl.program_id(0) % NV
     h = (tl.program_id(0) // NV) % HV
     n = tl.program_id(0) // (NV * HV)
@@ -270,13 +271,10 @@ def delta_inter_fwd_kernel(
     u = bv * BV + tl.arange(0, BV)
     entries = i[:, None] * V + u[None, :]
     inside = (i < K)[:, None] & (u < V)[None, :]
-    if v is None:
-        S = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
-    else:
-        S = tl.zeros([BK, BV], tl.float32)
-    vr = tl.zeros([C, BV], w.dtype.element_ty)
-    if v is not None:
-        vr = rows(v, begin, end, h, HV, V, C, BV, bv * BV)
+    vr = rows(v, begin, end, h, HV, V, C, BV, bv * BV)
+    S = tl.zeros([BK, BV], tl.float32)
+    if S_map is not None:
+        S = tl.where(i[:, None] == u[None, :] - V, 1.0, 0.0)
     if S_0 is not None:
         S = tl.load(S_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     for m in tl.range(0, tl.cdiv(end - begin, C), num_stages=STAGES):
@@ -289,8 +287,8 @@ def delta_inter_fwd_kernel(
         b = per_token(beta, first, end, h, HV, C)
         Sd = S.to(DT)
         B = (vr.to(tl.float32) - tl.dot(kr, Sd, input_precision=PRECISION) * fk[:, None]) * b[:, None]
-        if v is not None:  # in registers until the next turn: shared memory is full of what products read
-            vr = rows(v, first + C, end, h, HV, V, C, BV, bv * BV)
+        # In registers until the next turn: shared memory is full of what products read.
+        vr = rows(v, first + C, end, h, HV, V, C, BV, bv * BV)
         Uc = tl.dot(Tc.to(DT), B.to(DT), input_precision=PRECISION)
         if o is not None:
             qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
@@ -306,6 +304,9 @@ def delta_inter_fwd_kernel(
         S += tl.dot(tl.trans(wr), (Uc * fw[:, None]).to(DT), input_precision=PRECISION)
     if S_end is not None:
         tl.store(S_end + (n * HV + h).to(tl.int64) * K * V + entries, S, inside)
+    if S_map is not None:
+        at = (n * HV + h).to(tl.int64) * K * K + i[:, None] * K + u[None, :] - V
+        tl.store(S_map + at, S, (i < K)[:, None] & ((u >= V) & (u < V + K))[None, :])
 
 
 @triton.jit

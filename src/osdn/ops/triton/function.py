@@ -101,14 +101,11 @@ class _Call:
 
     @cached_property
     def SPLIT(self) -> int:
-        return self.split(PROGRAMS, SEGMENTS)
-
-    def split(self, programs: int, least: int) -> int:
         """Segments, worked on side by side, that each sequence is cut into where there are few of these and heads."""
         split, chunks = 1, self.chunk_count // self.N
-        while 2 * split * self.N * self.HV <= programs and chunks >= 2 * split * SEGMENT:
+        while 2 * split * self.N * self.HV <= PROGRAMS and chunks >= 2 * split * SEGMENT:
             split *= 2
-        return split if split >= least else 1
+        return split if split >= SEGMENTS else 1
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.k.device)
@@ -122,23 +119,22 @@ class _Call:
 
     def by_segment(self, kernel: Any, **arguments: Any) -> None:
         cu, _, first = self.tables
-        programs = self.N * self.HV * (1 if arguments.get("WALK") else arguments.get("SPLIT", self.SPLIT))
+        programs = self.N * self.HV * (1 if arguments.get("WALK") else self.SPLIT)
         self._launch(kernel, programs, arguments, cu_seqlens=cu, first_chunk=first)
 
     def of_sequences(self, x: Tensor, segment: int) -> Tensor:
         """Of what each segment has, the first's or last's."""
-        return x.unflatten(0, (self.N, -1))[:, segment].contiguous()
+        return x.unflatten(0, (self.N, self.SPLIT))[:, segment].contiguous()
 
     def chain(self, maps: Tensor, steps: Tensor, x_0: Tensor | None, back: bool) -> Tensor:
         """x before each segment (behind it, where back) from what the segments do to it."""
         starts = torch.empty_like(steps)
         width = steps.shape[3] if steps.ndim == 4 else 1
-        if back and width > 1:  # what products read is to be contiguous along what they sum over
+        if back:  # what products read is to be contiguous along what they sum over
             maps = maps.mT.contiguous()
         self._launch(
             chain_kernel, self.N * self.HV,
-            {"maps": maps, "steps": steps, "x_0": x_0, "starts": starts, "BACK": back, "V": width,
-             "SPLIT": len(steps) // self.N},
+            {"maps": maps, "steps": steps, "x_0": x_0, "starts": starts, "BACK": back, "V": width},
         )  # fmt: skip
         return starts
 
@@ -155,7 +151,8 @@ class _Call:
         takes = {name: everything[name] for name in kernel.arg_names if name in everything}
 
         def grid(meta: dict[str, Any]) -> tuple[int]:
-            return (programs * (-(-meta.get("V", meta["K"]) // meta["BV"]) if kernel in _OVER_V else 1),)
+            columns = meta.get("V", meta["K"]) + (meta["K"] if meta.get("S_map") is not None else 0)
+            return (programs * (-(-columns // meta["BV"]) if kernel in _OVER_V else 1),)
 
         launch(kernel, grid, self.k.device, **takes)
 
@@ -184,18 +181,12 @@ class _Rule:
     p: Preconditioner
     l2norm: bool
 
-    @cached_property
-    def SPLIT(self) -> int:
-        """As the programs of d's passes have two warps, twice as many of them find room."""
-        return self.call.split(2 * PROGRAMS, 2 * SEGMENTS)
-
     @property
     def arguments(self) -> dict[str, Any]:
         return {
             "k": self.k, "beta": self.beta, "forget": self.forget, "eta": self.p.eta, "d_min": self.p.d_min,
             "d_max": self.p.d_max, "AWARE": self.p.feedback == "beta_aware", "NORMALIZE": self.p.normalize_step,
             "FORGET": self.forget is not None, "BOX": self.p.d_min > -math.inf or self.p.d_max < math.inf,
-            "SPLIT": self.SPLIT,
         }  # fmt: skip
 
     def factors(self, rk: Tensor | None, path: _Path, solve: bool) -> Tensor:
@@ -216,7 +207,7 @@ class _Rule:
         x, the argument `begin` of the kernel, is what a sequence begins with; what each segment ends with is returned.
         """
         call, back = self.call, begin == "d_adj_end"
-        ends = call.new(call.N * self.SPLIT, call.HV, self.k.shape[3])
+        ends = call.new(call.N * call.SPLIT, call.HV, self.k.shape[3])
         arguments[end] = ends
         if maps is not None:
             call.by_segment(kernel, WALK=False, **arguments | {begin: None, "BOX": False})
@@ -238,7 +229,7 @@ class _Rule:
             e=call.tokens(HV),
             active=call.new(n, HV, dtype=torch.int32),
             last=call.new(call.N, HV, dtype=torch.int32),
-            maps=call.new(call.N * self.SPLIT, HV, K, K) if self.SPLIT > 1 else None,
+            maps=call.new(call.N * call.SPLIT, HV, K, K) if call.SPLIT > 1 else None,
             solve=call.new(n, HV, call.C, call.C, dtype=torch.float16 if small else torch.float32),
         )
 
@@ -338,13 +329,12 @@ class _Delta:
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
         intra = self.intra(rq, rk, path)
         o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
-        nothing = {"S_0": None, "o": None, "states": None, "U": None}
+        nothing = {"S_0": None, "o": None, "states": None, "U": None, "S_map": None}
         pass_on = partial(call.by_segment, delta.delta_inter_fwd_kernel, **self.read(rq, rk, intra) | nothing)
         starts = maps = None
         if call.SPLIT > 1:
             maps = call.new(call.N * call.SPLIT, HV, K, K)
-            pass_on(v=None, V=K, S_end=maps)
-            pass_on(v=self.v, S_end=ends)
+            pass_on(v=self.v, S_end=ends, S_map=maps)
             S = starts = call.chain(maps, ends, S, back=False)
         pass_on(v=self.v, S_0=S, o=o, S_end=ends)
         return o, call.of_sequences(ends, -1), [starts, maps, *intra.values()]
@@ -360,7 +350,7 @@ class _Delta:
         states, dstates = (call.new(call.chunk_count, HV, K, V, dtype=call.stored) for _ in range(2))
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
         S_0 = S if starts is None else starts
-        anew = {"v": self.v, "S_0": S_0, "o": None, "S_end": None, "states": states, "U": U}
+        anew = {"v": self.v, "S_0": S_0, "o": None, "S_end": None, "S_map": None, "states": states, "U": U}
         call.by_segment(delta.delta_inter_fwd_kernel, **read, **anew)
         back = partial(call.by_segment, delta.delta_inter_bwd_kernel, do=do, **read)
         first = call.new(call.N * call.SPLIT, HV, K, V)

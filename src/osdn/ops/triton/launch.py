@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
-# By kernel, or kernel and decay or V; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
+# By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
@@ -89,11 +89,10 @@ def capability(device: torch.device) -> int:
 
 def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
+    found = CONFIGS.get(f"{name}, DECAY = {arguments.get('DECAY')}", CONFIGS[name])
     BK = arguments.get("BK", 0)
     V = arguments.get("V", arguments["K"])
-    keys = f"{name}, DECAY = {arguments.get('DECAY')}", f"{name}, V = {V}", name
-    found = next(CONFIGS[key] for key in keys if key in CONFIGS)
-    widest = {"BB": BK, "BV": 1 if V == 1 else max(16, 1 << (V - 1).bit_length())}
+    widest = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}
     if BK < 64:  # products of few columns by two groups of warps read out of bounds
         widest["num_warps"] = 4
     return [

@@ -163,14 +163,13 @@ def chain_kernel(
     maps, steps, x_0, starts, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x <- M_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: M_g^T, last first.
+    """x <- M_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: last first.
 
-    With BACK and V > 1, maps [segments, HV, K, K] are transposed already. steps, starts [segments, HV, K, V];
-    x_0 [N, HV, K, V], None is 0.
+    maps [segments, HV, K, K]; steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     # All of M in three terms of tf32 would not fit in registers.
-    BR: tl.constexpr = BK if V == 1 or BK <= 32 or (BK <= 128 and PRECISION == "tf32") else 32
+    BR: tl.constexpr = BK if BK <= 32 or (BK <= 128 and PRECISION == "tf32") else 32
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
     i = tl.arange(0, BK)
@@ -192,13 +191,7 @@ def chain_kernel(
             live = (r < K)[:, None] & (u < V)[None, :]
             at = r[:, None] * V + u[None, :]
             M = tl.load(maps + cell * K * K + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
-            if V > 1:
-                y = tl.dot(M, x, input_precision=PRECISION)
-            elif BACK:
-                y = tl.sum(M * x, 0)[:, None]
-            else:
-                y = tl.sum(M * tl.trans(x), 1)[:, None]
-            y += tl.load(steps + cell * K * V + at, live, 0.0)
+            y = tl.load(steps + cell * K * V + at, live, 0.0) + tl.dot(M, x, input_precision=PRECISION)
             tl.store(after + at, y, live)
         if BR == BK:
             x = y
