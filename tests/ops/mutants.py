@@ -208,7 +208,11 @@ KERNEL_MUTANTS = {
         "through *= tl.exp(one(forget, t, end, h, HV))",
         "through *= 1.0",
     ),
-    "segments on the way back by the map itself": ("function", "maps = maps.mT.contiguous()", "pass"),
+    "segments on the way back by the map itself": (
+        "function",
+        "S_map=maps, S_map_T=maps_T",
+        "S_map=maps_T, S_map_T=maps",
+    ),
     "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
     "segment with a clip passed on": (
         "precondition",

@@ -250,7 +250,8 @@ def at_hand(
 
 @triton.jit
 def delta_inter_fwd_kernel(
-    q, k, w, v, beta, decay, scales, T, P, S_0, o, S_end, S_map, states, U, cu_seqlens, first_chunk, tokens,
+    q, k, w, v, beta, decay, scales, T, P, S_0, o, S_end, S_map, S_map_T, states, U, cu_seqlens, first_chunk,
+    tokens,
     H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr,
     PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
@@ -258,8 +259,8 @@ def delta_inter_fwd_kernel(
 ):  # fmt: skip
     """What is not None of: o [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states, U [tokens, HV, V].
 
-    What the pass does to S but for what v adds -> S_map [N, HV, K, K], computed in columns behind those of S, which
-    begin as the identity.
+    What the pass does to S but for what v adds -> S_map [N, HV, K, K], and transposed -> S_map_T, computed in columns
+    behind those of S, which begin as the identity.
     """
     NV: tl.constexpr = (V + (0 if S_map is None else K) + BV - 1) // BV
     bv = tl.program_id(0) % NV
@@ -305,8 +306,10 @@ def delta_inter_fwd_kernel(
     if S_end is not None:
         tl.store(S_end + (n * HV + h).to(tl.int64) * K * V + entries, S, inside)
     if S_map is not None:
-        at = (n * HV + h).to(tl.int64) * K * K + i[:, None] * K + u[None, :] - V
-        tl.store(S_map + at, S, (i < K)[:, None] & ((u >= V) & (u < V + K))[None, :])
+        at = (n * HV + h).to(tl.int64) * K * K
+        inside = (i < K)[:, None] & ((u >= V) & (u < V + K))[None, :]
+        tl.store(S_map + at + i[:, None] * K + u[None, :] - V, S, inside)
+        tl.store(S_map_T + at + i[:, None] + (u[None, :] - V) * K, S, inside)
 
 
 @triton.jit

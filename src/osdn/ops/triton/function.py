@@ -127,11 +127,9 @@ class _Call:
         return x.unflatten(0, (self.N, self.SPLIT))[:, segment].contiguous()
 
     def chain(self, maps: Tensor, steps: Tensor, x_0: Tensor | None, back: bool) -> Tensor:
-        """x before each segment (behind it, where back) from what the segments do to it."""
+        """x before each segment (behind it, where back, with maps transposed) from what the segments do to it."""
         starts = torch.empty_like(steps)
         width = steps.shape[3] if steps.ndim == 4 else 1
-        if back:  # what products read is to be contiguous along what they sum over
-            maps = maps.mT.contiguous()
         self._launch(
             chain_kernel, self.N * self.HV,
             {"maps": maps, "steps": steps, "x_0": x_0, "starts": starts, "BACK": back, "V": width},
@@ -160,7 +158,7 @@ class _Call:
 @dataclass(frozen=True)
 class _Path:
     """What is left of d: d before each chunk, e of each token, the chunks in which a clip fired and the last of them
-    in each sequence, maps of segments, M."""
+    in each sequence, transposed maps of segments, M."""
 
     starts: Tensor | None = None
     e: Tensor | None = None
@@ -238,6 +236,7 @@ class _Rule:
         path = self.empty_path()
         arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "stops": None}
         if path.maps is not None:
+            arguments |= {"maps": torch.empty_like(path.maps), "maps_T": path.maps}
             self.call.by_segment(kernels.precondition_map_kernel, L2NORM=self.l2norm, **arguments)
         ends = self.passes(kernels.precondition_fwd_kernel, "d_0", d, "d_end", **arguments)
         return path, self.call.of_sequences(ends, -1)
@@ -325,19 +324,19 @@ class _Delta:
     def forward(
         self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, S: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """o, S at the end, and what is kept: S before and the maps of segments, T, P, w and scales."""
+        """o, S at the end, and what is kept: S before segments and their maps transposed, T, P, w and scales."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
         intra = self.intra(rq, rk, path)
         o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
-        nothing = {"S_0": None, "o": None, "states": None, "U": None, "S_map": None}
+        nothing = {"S_0": None, "o": None, "states": None, "U": None, "S_map": None, "S_map_T": None}
         pass_on = partial(call.by_segment, delta.delta_inter_fwd_kernel, **self.read(rq, rk, intra) | nothing)
-        starts = maps = None
+        starts = maps_T = None
         if call.SPLIT > 1:
-            maps = call.new(call.N * call.SPLIT, HV, K, K)
-            pass_on(v=self.v, S_end=ends, S_map=maps)
+            maps, maps_T = (call.new(call.N * call.SPLIT, HV, K, K) for _ in range(2))
+            pass_on(v=self.v, S_end=ends, S_map=maps, S_map_T=maps_T)
             S = starts = call.chain(maps, ends, S, back=False)
         pass_on(v=self.v, S_0=S, o=o, S_end=ends)
-        return o, call.of_sequences(ends, -1), [starts, maps, *intra.values()]
+        return o, call.of_sequences(ends, -1), [starts, maps_T, *intra.values()]
 
     def backward(
         self, do: Tensor, dS_end: Tensor | None, S: Tensor | None, kept: list[Tensor | None], rq: Tensor | None,
@@ -345,18 +344,27 @@ class _Delta:
     ) -> dict[str, Any]:  # fmt: skip
         """Gradients by name; with a preconditioner, dk is that of k as used, without the part that comes through w."""
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
-        starts, maps, *intra = kept
+        starts, maps_T, *intra = kept
         read = self.read(rq, rk, dict(zip(("T", "P", "w", "scales"), intra)))
         states, dstates = (call.new(call.chunk_count, HV, K, V, dtype=call.stored) for _ in range(2))
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
         S_0 = S if starts is None else starts
-        anew = {"v": self.v, "S_0": S_0, "o": None, "S_end": None, "S_map": None, "states": states, "U": U}
+        anew = {
+            "v": self.v,
+            "S_0": S_0,
+            "o": None,
+            "S_end": None,
+            "S_map": None,
+            "S_map_T": None,
+            "states": states,
+            "U": U,
+        }
         call.by_segment(delta.delta_inter_fwd_kernel, **read, **anew)
         back = partial(call.by_segment, delta.delta_inter_bwd_kernel, do=do, **read)
         first = call.new(call.N * call.SPLIT, HV, K, V)
-        if maps is not None:
+        if maps_T is not None:
             back(dS_end=None, dB=None, dstates=None, dS_0=first)
-            dS_end = call.chain(maps, first, dS_end, back=True)
+            dS_end = call.chain(maps_T, first, dS_end, back=True)
         back(dS_end=dS_end, dB=dB, dstates=dstates, dS_0=first)
         del read, back  # under a decay per channel, copies of q, k and w
         found = {

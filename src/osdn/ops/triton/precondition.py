@@ -318,11 +318,12 @@ def precondition_check_kernel(
 
 @triton.jit
 def precondition_map_kernel(
-    k, solve, factors, maps, cu_seqlens, first_chunk, eta, tokens,
+    k, solve, factors, maps, maps_T, cu_seqlens, first_chunk, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """How d at the end of each segment depends on d at its beginning -> maps [segments, HV, K, K], no clip fired."""
+    """How d at the end of each segment depends on d at its beginning -> maps [segments, HV, K, K], and transposed
+    -> maps_T, as if no clip fired."""
     # Where M may be in fp16, so may this: of tf32's precision, and s of normalised keys is at most 1.
     DT: tl.constexpr = solve.dtype.element_ty if L2NORM else tl.float32
     NV: tl.constexpr = (K + BV - 1) // BV
@@ -338,8 +339,10 @@ def precondition_map_kernel(
         X = tl.dot(s, D.to(DT), input_precision=PRECISION) * (c2 / r2)[:, None]
         Y = tl.dot(M.to(DT), X.to(DT), input_precision=PRECISION) * (eta * behind / r2)[:, None]
         D = kept[:, None] * D - tl.dot(tl.trans(s), Y.to(DT), input_precision=PRECISION)
-    at = maps + (n * HV + h).to(tl.int64) * K * K + i[:, None] * K + u[None, :]
-    tl.store(at, D, (i < K)[:, None] & (u < K)[None, :])
+    inside = (i < K)[:, None] & (u < K)[None, :]
+    at = (n * HV + h).to(tl.int64) * K * K
+    tl.store(maps + at + i[:, None] * K + u[None, :], D, inside)
+    tl.store(maps_T + at + i[:, None] + u[None, :] * K, D, inside)
 
 
 @triton.jit
