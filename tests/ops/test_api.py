@@ -265,15 +265,4 @@ def test_auto_takes_kernels_only_where_their_tests_were_seen_to_pass(gpu, versio
     lacks = dispatch.why_not_triton_unasked(q)
     assert taken == (lacks == "")
     assert dispatch.choose(q, "auto").backend == ("triton" if taken else "chunked")
-    assert dispatch.choose(q, "auto", torch.zeros(1, 2, 1, 4)).backend == "chunked"  # a decay per channel
     assert taken or f"not seen to pass on {gpu}, Triton {version}" in lacks
-
-
-def test_the_choice_is_told_the_state_decay(monkeypatch):
-    asked = []
-    monkeypatch.setattr(api, "choose", lambda *args: (asked.append(args[2]), dispatch.choose(*args))[1])
-    g = torch.zeros(2, 5, 2, 4)
-    call(g=g)
-    osdn.explain(torch.zeros(2, 5, 2, 4), g=g)
-    assert len(asked) == 2
-    assert all(x is g for x in asked)

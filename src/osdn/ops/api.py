@@ -81,7 +81,7 @@ def online_scaled_delta_rule(
     scale, N = check_scale(scale, k), check_packing(cu_seqlens, k)
     if chunk_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         refuse("chunk_size", chunk_size, "a power of two from 1 to 256")
-    choice = choose(q, backend, g)
+    choice = choose(q, backend)
     H, K, HV, V = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     state = initial_state if initial_state is not None else DeltaState()
     check_state("initial_state", state, N, k, v, preconditioner)
@@ -153,14 +153,14 @@ def precondition(
         return choice.module.precondition(k, beta, forget, d, cu_seqlens, preconditioner)
 
 
-def explain(q: Tensor, *, g: Tensor | None = None, backend: Backend = "auto") -> Choice:
-    """Which backend a call with this q (and state decay g) takes, and why; nothing is computed.
+def explain(q: Tensor, *, backend: Backend = "auto") -> Choice:
+    """Which backend a call with this q takes, and why; nothing is computed.
 
     `str()` of the result is one readable line. Raises ValueError as the call itself would for `backend`.
     """
     if not isinstance(q, Tensor) or q.ndim != 4:
         refuse("q", tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__, "a tensor [B, T, H, K]")
-    return choose(q, backend, g)
+    return choose(q, backend)
 
 
 def refuse_none(**tensors: Tensor | None) -> None:

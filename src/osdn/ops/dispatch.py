@@ -49,7 +49,7 @@ class Choice:
         return f"{self.backend}: {self.reason}"
 
 
-def choose(q: Tensor, backend: str, g: Tensor | None = None) -> Choice:
+def choose(q: Tensor, backend: str) -> Choice:
     """Resolve `backend` for a call with query (or key) `q`; OSDN_BACKEND overrides "auto" alone."""
     asked, source = backend, "backend"
     if backend == "auto" and os.environ.get("OSDN_BACKEND"):
@@ -58,7 +58,7 @@ def choose(q: Tensor, backend: str, g: Tensor | None = None) -> Choice:
         raise ValueError(f"{source}: got {asked!r}, takes one of {', '.join(map(repr, get_args(Backend)))}")
     lacks = ""
     if asked in ("triton", "auto"):
-        lacks = why_not_triton(q) if asked == "triton" else why_not_triton_unasked(q, g)
+        lacks = why_not_triton(q) if asked == "triton" else why_not_triton_unasked(q)
     if asked == "triton" and lacks:
         raise ValueError(f"{source}: 'triton' is not available, since {lacks}; 'chunked' runs wherever PyTorch does")
     if asked != "auto":
@@ -77,7 +77,7 @@ def choose(q: Tensor, backend: str, g: Tensor | None = None) -> Choice:
     return choice
 
 
-def why_not_triton_unasked(q: Tensor, g: Tensor | None = None) -> str:
+def why_not_triton_unasked(q: Tensor) -> str:
     """Why "auto" does not take the kernels; empty where it does: where their tests were seen to pass, and nowhere else.
 
     What compiles is not therefore right: with other versions or GPUs some configs were wrong (docs/kernels.md).
@@ -85,8 +85,6 @@ def why_not_triton_unasked(q: Tensor, g: Tensor | None = None) -> str:
     if lacks := why_not_triton(q):
         return lacks
     where = f"{_gpu(q.device)}, Triton {_triton()}" if q.device.type == "cuda" else ""
-    if where in SEEN_TO_PASS and g is not None and g.ndim == 4:
-        where += ", for a state decay per channel"
     if where and where not in SEEN_TO_PASS:
         return f"the kernels' tests were not seen to pass on {where} (`make gpu-test`); backend='triton' takes them"
     return ""
