@@ -242,14 +242,9 @@ class _Rule:
         return path, self.call.of_sequences(ends, -1)
 
     def backward(
-        self,
-        a: Tensor,
-        d_adj_end: Tensor | None,
-        rk: Tensor | None,
-        path: _Path,
-        dk_rest: Tensor | None = None,
+        self, a: Tensor, d_adj_end: Tensor | None, rk: Tensor | None, path: _Path, dk_rest: Tensor | None = None,
         dbeta_rest: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
         """Gradients of k, beta, forget, d_0 from `a`, that of d_t or, with the rest of k's, of the write key."""
         call, (HV, K) = self.call, a.shape[2:]
         p, adj_ends = call.tokens(HV), call.new(call.chunk_count, HV, K)
@@ -294,18 +289,20 @@ class _Delta:
             "PRECONDITIONED": self.rule is not None,
         }  # fmt: skip
 
+    def empty_intra(self) -> dict[str, Tensor | None]:
+        """Of each chunk alone: T, P, w, and scales of rows."""
+        call, n, HV, C = self.call, self.call.chunk_count, self.call.HV, self.call.C
+        T, P = (call.new(n, HV, C, C, dtype=call.stored) for _ in range(2))
+        w = None if self.rule is None else call.tokens(HV, self.k.shape[3], dtype=call.stored)
+        return {"T": T, "P": P, "w": w, "scales": None if self.DECAY == 2 else call.new(n, HV, 4, C)}
+
     def intra(self, rq: Tensor | None, rk: Tensor | None, path: _Path | None) -> dict[str, Tensor | None]:
-        """Of each chunk alone: T, P, w, and scales of rows; rq and rk are filled in."""
-        call, HV, K = self.call, self.call.HV, self.k.shape[3]
-        T, P = (call.new(call.chunk_count, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
-        w = None if self.rule is None else call.tokens(HV, K, dtype=call.stored)
-        scales = None if self.DECAY == 2 else call.new(call.chunk_count, HV, 4, call.C)
+        """As above; rq and rk are filled in."""
         none = {"k": self.k, "forget": None, "eta": 0.0, "d_min": 0.0, "d_max": 0.0, "FORGET": False, "BOX": False}
         rule = none if self.rule is None else self.rule.arguments
-        found = {"T": T, "P": P, "w": w, "scales": scales}
-        call.by_chunk(
-            delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, **found, **rule | self.common | vars(path or _Path())
-        )
+        found = self.empty_intra()
+        arguments = rule | self.common | vars(path or _Path()) | found
+        self.call.by_chunk(delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, **arguments)
         return found
 
     def read(self, rq: Tensor | None, rk: Tensor | None, intra: dict[str, Any]) -> dict[str, Any]:
@@ -321,6 +318,11 @@ class _Delta:
             x |= {"q": qx, "k": kx, "w": wx, "decay": decay}
         return x | {"HQ": x["q"].shape[2], "HW": x["w"].shape[2]}
 
+    def pass_on(self, read: dict[str, Any], **asked: Tensor | None) -> None:
+        """S from chunk to chunk, S_0 None for 0; of what the kernel can leave, what is asked for."""
+        absent = dict.fromkeys(("S_0", "o", "S_end", "S_map", "S_map_T", "states", "U"))
+        self.call.by_segment(delta.delta_inter_fwd_kernel, v=self.v, **read | absent | asked)
+
     def forward(
         self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, S: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -328,14 +330,13 @@ class _Delta:
         call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
         intra = self.intra(rq, rk, path)
         o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
-        nothing = {"S_0": None, "o": None, "states": None, "U": None, "S_map": None, "S_map_T": None}
-        pass_on = partial(call.by_segment, delta.delta_inter_fwd_kernel, **self.read(rq, rk, intra) | nothing)
+        pass_on = partial(self.pass_on, self.read(rq, rk, intra))
         starts = maps_T = None
         if call.SPLIT > 1:
             maps, maps_T = (call.new(call.N * call.SPLIT, HV, K, K) for _ in range(2))
-            pass_on(v=self.v, S_end=ends, S_map=maps, S_map_T=maps_T)
+            pass_on(S_end=ends, S_map=maps, S_map_T=maps_T)
             S = starts = call.chain(maps, ends, S, back=False)
-        pass_on(v=self.v, S_0=S, o=o, S_end=ends)
+        pass_on(S_0=S, o=o, S_end=ends)
         return o, call.of_sequences(ends, -1), [starts, maps_T, *intra.values()]
 
     def backward(
@@ -348,18 +349,7 @@ class _Delta:
         read = self.read(rq, rk, dict(zip(("T", "P", "w", "scales"), intra)))
         states, dstates = (call.new(call.chunk_count, HV, K, V, dtype=call.stored) for _ in range(2))
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
-        S_0 = S if starts is None else starts
-        anew = {
-            "v": self.v,
-            "S_0": S_0,
-            "o": None,
-            "S_end": None,
-            "S_map": None,
-            "S_map_T": None,
-            "states": states,
-            "U": U,
-        }
-        call.by_segment(delta.delta_inter_fwd_kernel, **read, **anew)
+        self.pass_on(read, S_0=S if starts is None else starts, states=states, U=U)
         back = partial(call.by_segment, delta.delta_inter_bwd_kernel, do=do, **read)
         first = call.new(call.N * call.SPLIT, HV, K, V)
         if maps_T is not None:
@@ -431,15 +421,12 @@ def _delta_rule(
 def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, scale, chunk_size):  # type: ignore[no-untyped-def]
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
     call = parts.call
-    n, HV, K, V = call.chunk_count, call.HV, k.shape[3], v.shape[3]
-    T, P = (call.new(n, HV, call.C, call.C, dtype=call.stored) for _ in range(2))
-    w = None if d is None else call.tokens(HV, K, dtype=call.stored)
-    scales = None if parts.DECAY == 2 else call.new(n, HV, 4, call.C)
+    HV, K, V = call.HV, k.shape[3], v.shape[3]
     starts, maps = ((call.new(call.N * call.SPLIT, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if parts.rule is None else parts.rule.empty_path()
     d_end = None if d is None else torch.empty_like(d)
-    kept = (starts, maps, T, P, w, scales, *norms, *vars(path).values())
+    kept = (starts, maps, *parts.empty_intra().values(), *norms, *vars(path).values())
     return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, d_end, *kept)
 
 
@@ -587,20 +574,9 @@ def precondition(
 
 
 def online_scaled_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    forget: Tensor | None,
-    S: Tensor | None,
-    d: Tensor | None,
-    cu_seqlens: Tensor | None,
-    p: Preconditioner | None,
-    scale: float,
-    chunk_size: int,
-    l2norm: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, forget: Tensor | None, S: Tensor | None,
+    d: Tensor | None, cu_seqlens: Tensor | None, p: Preconditioner | None, scale: float, chunk_size: int, l2norm: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     rule = [] if p is None else _numbers(p)
     o, S, d_end, *_ = delta_rule(
         *_contiguous(q, k, v, beta, g, forget, S, d), cu_seqlens, rule, l2norm, scale, chunk_size
