@@ -10,9 +10,11 @@ import time
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from osdn.compare import Experiment, RunError, compare, grid, runner
@@ -20,7 +22,7 @@ from osdn.compare import train as training
 from osdn.compare.train import Job, build, learning_rate, parameter_groups, train
 from osdn.data import MQAR
 from osdn.runs import fingerprint
-from osdn.runs.store import previous, read_json
+from osdn.runs.store import claim, previous, read_json
 
 TOY = Experiment(
     models=("deltanet", "osdn-apf"),
@@ -285,6 +287,18 @@ def test_another_config_is_refused_by_its_fields(tmp_path, console):
     with pytest.raises(ValueError, match=r"a run of another config \(lr: 0.003 there, 0.1 here; clip: 1.0 there"):
         run(tmp_path, console, replace(ONE, lr=0.1, clip=2.0))
     assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.json")}
+
+
+def test_a_directory_in_which_another_works_is_refused(tmp_path, console, monkeypatch):
+    with (
+        claim(tmp_path, {}, print),
+        pytest.raises(RunError, match="another process works there; wait for its end, or take another path"),
+    ):
+        run(tmp_path, console, ONE)
+    (tmp_path / "config.json").unlink()
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=NotImplementedError("no flock")))
+    run(tmp_path, console, ONE)
+    assert f"note: {tmp_path} cannot be locked (no flock)" in said(console)
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, console, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from osdn.runs import RunError
+from osdn.runs.store import claim
 from osdn.train import checkpoint as checkpoints
 from osdn.train import train
 
@@ -19,6 +20,7 @@ import io, json, os, resource, signal, sys
 from pathlib import Path
 from rich.console import Console
 from osdn.runs import RunError
+from osdn.runs.store import claim
 from osdn.train import TrainConfig, train
 fields, last, limit, fsync = json.load(sys.stdin), int(sys.argv[1]), int(sys.argv[2]), os.fsync
 fields |= {name: tuple(fields[name]) for name in ("data", "eval_data", "betas")} | {"out": Path(fields["out"])}
@@ -172,6 +174,12 @@ def test_a_changed_config_is_an_error(toy, console):
     with pytest.raises(ValueError, match=r"a run of another config \(lr: 0.01 there, 0.5 here\); takes a new path"):
         train(replace(config, lr=0.5), console=console)
     assert steps_kept(config.out) == [4, 6]
+
+
+def test_a_directory_in_which_another_works_is_refused(toy, console):
+    config = toy()
+    with claim(config.out, {}, print), pytest.raises(RunError, match="another process works there"):
+        train(config, console=console)
 
 
 def test_data_that_has_grown_is_told(toy, console, said, text):

@@ -36,7 +36,7 @@ def test_end_to_end(toy, console, said, text):
     assert results["tokens_per_second"] > 0
     assert results["skipped_steps"] == 0
     assert {path.name for path in out.iterdir()} == {
-        *("config.json", "checkpoint-6", "tensorboard", "model", "results.json")
+        *(".lock", "config.json", "checkpoint-6", "tensorboard", "model", "results.json")
     }
     assert list((out / "tensorboard").glob("events*"))
     assert "step 6/6 loss " in said()

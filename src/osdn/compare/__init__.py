@@ -71,55 +71,57 @@ def compare(
     identity = experiment.identity(digest)
     stamp = fingerprint(identity)
     out = out or Path("runs") / f"{experiment.task}-{stamp}"
-    claim(out, identity, note)
-    jobs = [
-        Job(experiment, m, s, out, stamp, checkpoint_every) for m in experiment.models for s in range(experiment.seeds)
-    ]
+    with claim(out, identity, note):
+        jobs = [
+            Job(experiment, m, s, out, stamp, checkpoint_every)
+            for m in experiment.models
+            for s in range(experiment.seeds)
+        ]
 
-    def read(job: Job) -> dict[str, Any] | None:
-        return read_json(job.result, _RESULT, note, {"stamp": stamp, "model": job.model, "seed": job.seed})
+        def read(job: Job) -> dict[str, Any] | None:
+            return read_json(job.result, _RESULT, note, {"stamp": stamp, "model": job.model, "seed": job.seed})
 
-    done = [job for job in jobs if read(job) is not None]
-    todo = sorted((job for job in jobs if job not in done), key=lambda job: job.seed)
-    console.print(f"run directory {out}: {len(done)} of {len(jobs)} runs done, {len(todo)} to do", soft_wrap=True)
-    if todo:
-        began = time.monotonic()
-        with display(console, jobs, done, experiment.steps) as listen:
-            failures = run_jobs(todo, workers, listen)
-        if failures:
-            for failure in failures:
-                console.print(failure.traceback or failure.message, markup=False, highlight=False, soft_wrap=True)
-            raise RunError(
-                f"{len(failures)} of {len(jobs)} runs failed, first {failures[0].message}; finished runs are kept in "
-                f"{out}, the same command takes up the rest"
-            )
-    results = [content for job in jobs if (content := read(job)) is not None]
-    summary = Summary(experiment, results, baselines)
-    report = out / "results.json"
-    run = None if todo else read_json(report, {"date", "wall_seconds", "workers"}, note)
-    if run is None:
-        run = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            **provenance(),
-            "workers": workers,
-            "wall_seconds": time.monotonic() - began if todo else None,
+        done = [job for job in jobs if read(job) is not None]
+        todo = sorted((job for job in jobs if job not in done), key=lambda job: job.seed)
+        console.print(f"run directory {out}: {len(done)} of {len(jobs)} runs done, {len(todo)} to do", soft_wrap=True)
+        if todo:
+            began = time.monotonic()
+            with display(console, jobs, done, experiment.steps) as listen:
+                failures = run_jobs(todo, workers, listen)
+            if failures:
+                for failure in failures:
+                    console.print(failure.traceback or failure.message, markup=False, highlight=False, soft_wrap=True)
+                raise RunError(
+                    f"{len(failures)} of {len(jobs)} runs failed, first {failures[0].message}; finished runs are kept "
+                    f"in {out}, the same command takes up the rest"
+                )
+        results = [content for job in jobs if (content := read(job)) is not None]
+        summary = Summary(experiment, results, baselines)
+        report = out / "results.json"
+        run = None if todo else read_json(report, {"date", "wall_seconds", "workers"}, note)
+        if run is None:
+            run = {
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                **provenance(),
+                "workers": workers,
+                "wall_seconds": time.monotonic() - began if todo else None,
+            }
+        content = {
+            "stamp": stamp,
+            **run,
+            "experiment": experiment.as_dict(),
+            "data": {"sha256": digest, "sources": sources},
+            "tables": {t.title: [dict(zip(t.header, row, strict=True)) for row in t.rows] for t in summary.tables()},
+            "remarks": summary.remarks(),
+            "runs": results,
         }
-    content = {
-        "stamp": stamp,
-        **run,
-        "experiment": experiment.as_dict(),
-        "data": {"sha256": digest, "sources": sources},
-        "tables": {t.title: [dict(zip(t.header, row, strict=True)) for row in t.rows] for t in summary.tables()},
-        "remarks": summary.remarks(),
-        "runs": results,
-    }
-    write_json(report, content)
-    write_atomic(out / "table.md", summary.markdown().encode())
-    write_atomic(out / "figure.png", summary.figure())
-    shown = summary.for_terminal() if console.is_terminal else [summary.markdown()]
-    console.print(*shown, sep="\n", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"table.md, figure.png and results.json are in {out}", soft_wrap=True)
-    return content
+        write_json(report, content)
+        write_atomic(out / "table.md", summary.markdown().encode())
+        write_atomic(out / "figure.png", summary.figure())
+        shown = summary.for_terminal() if console.is_terminal else [summary.markdown()]
+        console.print(*shown, sep="\n", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"table.md, figure.png and results.json are in {out}", soft_wrap=True)
+        return content
 
 
 def grid(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from osdn.runs import RunError, first_line
 
@@ -59,14 +60,28 @@ def read_json(
     return value
 
 
-def claim(out: Path, identity: dict[str, Any], warn: Warn) -> None:
-    """Make `out` the run directory of `identity`, written to config.json. Raises ValueError where it is another's."""
-    config = out / "config.json"
-    if (before := read_json(config, set(), warn)) is None:
-        write_json(config, identity)
-    elif before != identity:
-        changes = differences(before, identity)
-        raise ValueError(f"out: got {out}, a run of another config ({changes}); takes a new path")
+@contextmanager
+def claim(out: Path, identity: dict[str, Any], warn: Warn) -> Iterator[None]:
+    """Inside, `out` is the run directory of `identity`, written to config.json, and of no other process.
+
+    Raises ValueError where it is another config's, RunError where a process that lives works there.
+    """
+    config, lock = out / "config.json", FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{out}: another process works there; wait for its end, or take another path") from None
+    except (OSError, NotImplementedError) as error:  # as of file systems without locks
+        warn(f"{out} cannot be locked ({first_line(error)}): let no other process work there")
+    try:
+        if (before := read_json(config, set(), warn)) is None:
+            write_json(config, identity)
+        elif before != identity:
+            changes = differences(before, identity)
+            raise ValueError(f"out: got {out}, a run of another config ({changes}); takes a new path")
+        yield
+    finally:
+        lock.release()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -59,66 +60,67 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     arguments = _arguments(config, out, accumulation)
 
     def start() -> tuple[dict[str, Any] | None, Path | None]:
-        claim(out, identity, say)
+        held.enter_context(claim(out, identity, say))
         results = read_json(out / "results.json", {"stamp"}, say)
         return results, None if results else latest(out, stamp, say)
 
-    results, checkpoint = _on_main_process(rank, start)
-    if results is not None:
-        say(f"{out}: finished before; results.json tells all")
-        return results
-    progress: dict[str, Any] = {"positions": {}, "skipped": 0, "last_loss": 0.0, "files": task.documents.sizes}
-    if checkpoint is not None:
-        progress = json.loads((checkpoint / PROGRESS).read_bytes())
-        say(f"{out}: going on from {checkpoint.name}")
-        if progress["files"] != task.documents.sizes:
-            say("note: files of data have other sizes than before; it goes on with what they hold now")
+    with ExitStack() as held:
+        results, checkpoint = _on_main_process(rank, start)
+        if results is not None:
+            say(f"{out}: finished before; results.json tells all")
+            return results
+        progress: dict[str, Any] = {"positions": {}, "skipped": 0, "last_loss": 0.0, "files": task.documents.sizes}
+        if checkpoint is not None:
+            progress = json.loads((checkpoint / PROGRESS).read_bytes())
+            say(f"{out}: going on from {checkpoint.name}")
+            if progress["files"] != task.documents.sizes:
+                say("note: files of data have other sizes than before; it goes on with what they hold now")
 
-    disable_progress_bar()  # of every file that is written; ShowProgress stays
-    set_seed(config.seed)
-    model = OSDNForCausalLM(task.model_config)
-    rows = PackedRows(
-        task.documents,
-        task.tokenizer,
-        context=config.context,
-        shuffle=config.shuffle,
-        seed=config.seed,
-        held_out=config.held_out,
-        streams=config.streams,
-        own=range(rank, config.streams, processes),
-        positions={int(stream): position for stream, position in progress["positions"].items()},
-    )
-    callbacks: list[Any] = [ShowProgress(console, config.tokens_per_step)]
-    step = 0 if checkpoint is None else int(checkpoint.name.partition("-")[2])
-    if rank == 0:
-        board = TensorBoardCallback(SummaryWriter(out / "tensorboard", purge_step=step))
-        board.logging_dir = str(out / "tensorboard")  # for the evaluation at the end, when that writer is closed
-        callbacks.append(board)
-    trainer = OSDNTrainer(
-        config=config,
-        out=out,
-        stamp=stamp,
-        rows=rows,
-        progress=progress,
-        model=model,
-        args=arguments,
-        eval_dataset=task.held_out or None,
-        callbacks=callbacks,
-    )
-    say(
-        f"{out}: {config.preset}, {model.num_parameters():,} parameters, {task.documents.name}, "
-        f"{config.steps} steps of {config.tokens_per_step:,} tokens, {accumulation} micro-batch(es) on each of "
-        f"{processes} {arguments.device.type} process(es)"
-    )
-    try:
-        if step < config.steps:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        else:
-            assert checkpoint is not None
-            _finish_from(trainer, checkpoint)
-        return _conclude(trainer, task, identity, say)
-    except OSError as error:  # of TensorBoard on a full disk, or of a dataset's network
-        raise RunError(f"{out}: stopped by {error}; the same command goes on from the last checkpoint") from error
+        disable_progress_bar()  # of every file that is written; ShowProgress stays
+        set_seed(config.seed)
+        model = OSDNForCausalLM(task.model_config)
+        rows = PackedRows(
+            task.documents,
+            task.tokenizer,
+            context=config.context,
+            shuffle=config.shuffle,
+            seed=config.seed,
+            held_out=config.held_out,
+            streams=config.streams,
+            own=range(rank, config.streams, processes),
+            positions={int(stream): position for stream, position in progress["positions"].items()},
+        )
+        callbacks: list[Any] = [ShowProgress(console, config.tokens_per_step)]
+        step = 0 if checkpoint is None else int(checkpoint.name.partition("-")[2])
+        if rank == 0:
+            board = TensorBoardCallback(SummaryWriter(out / "tensorboard", purge_step=step))
+            board.logging_dir = str(out / "tensorboard")  # for the evaluation at the end, when that writer is closed
+            callbacks.append(board)
+        trainer = OSDNTrainer(
+            config=config,
+            out=out,
+            stamp=stamp,
+            rows=rows,
+            progress=progress,
+            model=model,
+            args=arguments,
+            eval_dataset=task.held_out or None,
+            callbacks=callbacks,
+        )
+        say(
+            f"{out}: {config.preset}, {model.num_parameters():,} parameters, {task.documents.name}, "
+            f"{config.steps} steps of {config.tokens_per_step:,} tokens, {accumulation} micro-batch(es) on each of "
+            f"{processes} {arguments.device.type} process(es)"
+        )
+        try:
+            if step < config.steps:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            else:
+                assert checkpoint is not None
+                _finish_from(trainer, checkpoint)
+            return _conclude(trainer, task, identity, say)
+        except OSError as error:  # of TensorBoard on a full disk, or of a dataset's network
+            raise RunError(f"{out}: stopped by {error}; the same command goes on from the last checkpoint") from error
 
 
 @dataclass(frozen=True)
