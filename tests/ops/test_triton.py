@@ -311,6 +311,19 @@ def test_without_a_box_d_may_grow_by_more_than_fp16_holds():
     assert got <= 2 * bar + (0.1 if DEVICE == "cuda" else floor(case, torch.float32))
 
 
+def test_maps_of_segments_may_grow_by_more_than_fp16_holds(monkeypatch):
+    """From d = 1 and with keys of length 1 d stays where it is, and no clip fires, however unstable the rule is."""
+    from osdn.ops.triton import function
+
+    in_segments(True, monkeypatch, function)
+    x = Case(T=128, B=1, H=1, K=8, qk_l2norm=True, eta=0.0, seed=0).tensors(torch.bfloat16)
+    gen = torch.Generator().manual_seed(1)
+    x |= {n: torch.randn(1, 128, 1, 8, generator=gen).bfloat16() for n in ("q", "k")}
+    x["d"].fill_(1.0)
+    found = kernels(Case(eta=20.0, box=(0.0, 2.0), qk_l2norm=True, chunk_size=16), x)
+    assert [n for n, y in found.items() if not y.isfinite().all()] == []
+
+
 def test_ints_reach_the_kernels_as_floats(monkeypatch):
     """Triton compiles a kernel anew for an int that is 1 or a multiple of 16."""
     from osdn.ops.triton import launch
@@ -445,9 +458,22 @@ def test_saves_little_more_than_the_plain_delta_rule(monkeypatch):
     assert sum(y.nbytes for y in kept.values()) - forget.nbytes <= 1.15 * theirs
 
 
-def test_operators_are_what_pytorch_expects(monkeypatch):
-    """Shapes and dtypes are told without running, as PyTorch's own checker finds."""
-    case = Case(lengths=(3,), H=1, HV=2, decay="scalar", forget=True, feedback="beta_aware", box=NONE, chunk_size=16)
+@pytest.mark.parametrize("few", [False, True])
+def test_operators_are_what_pytorch_expects(few, monkeypatch):
+    """Shapes, dtypes and layouts are told without running, as PyTorch's own checker finds."""
+    from osdn.ops.triton import function
+
+    in_segments(few, monkeypatch, function)
+    case = Case(
+        lengths=(20 if few else 3,),
+        H=1,
+        HV=2,
+        decay="scalar",
+        forget=True,
+        feedback="beta_aware",
+        box=NONE,
+        chunk_size=16,
+    )
     x = on_device(case.tensors(torch.float32))
     calls, plain = {}, torch.library.CustomOpDef.__call__
     monkeypatch.setattr(
@@ -461,6 +487,7 @@ def test_operators_are_what_pytorch_expects(monkeypatch):
     assert all(torch.equal(eager[n], whole[n]) for n in eager)
     rule(case, x | {"k": x["k"].repeat_interleave(2, 2)}, "triton")
     monkeypatch.undo()
+    in_segments(few, monkeypatch, function)
     assert len(calls) == 4
     for op, args in calls.items():
         torch.library.opcheck(op, args, test_utils="test_faketensor")
@@ -540,6 +567,14 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
             over, what = excess(case, got, exact, allowed)
             assert over <= 1, (name, config, what, over)
         monkeypatch.setitem(launch.CONFIGS, name, configs)
+
+
+def test_every_config_is_of_a_kernel_there_is():
+    from osdn.ops.triton import delta, launch, precondition, recurrent, shared
+
+    names = {n for module in (delta, precondition, recurrent, shared) for n in vars(module) if n.endswith("_kernel")}
+    names |= {f"{n}, DECAY = {decay}" for n in names for decay in range(3)}
+    assert set(launch.CONFIGS) <= names
 
 
 def test_blocks_are_as_wide_as_what_they_split():

@@ -252,15 +252,15 @@ def at_hand(
 def delta_inter_fwd_kernel(
     q, k, w, v, beta, decay, scales, T, P, S_0, o, S_end, S_map, S_map_T, states, U, cu_seqlens, first_chunk,
     tokens,
-    H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr,
     PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is not None of: o [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states, U [tokens, HV, V].
+    """What is not None of: o and U [tokens, HV, V], S_end [segments, HV, K, V], S before each chunk -> states.
 
-    What the pass does to S but for what v adds -> S_map [N, HV, K, K], and transposed -> S_map_T, computed in columns
-    behind those of S, which begin as the identity.
+    What the pass does to S but for what v adds -> S_map [segments, HV, K, K], and transposed -> S_map_T, computed in
+    columns behind those of S, which begin as the identity.
     """
     NV: tl.constexpr = (V + (0 if S_map is None else K) + BV - 1) // BV
     bv = tl.program_id(0) % NV
@@ -315,7 +315,7 @@ def delta_inter_fwd_kernel(
 @triton.jit
 def delta_inter_bwd_kernel(
     q, k, w, beta, decay, scales, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, tokens,
-    H: tl.constexpr, HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr,
     PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,

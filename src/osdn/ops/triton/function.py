@@ -123,8 +123,10 @@ class _Call:
         self._launch(kernel, programs, arguments, cu_seqlens=cu, first_chunk=first)
 
     def of_sequences(self, x: Tensor, segment: int) -> Tensor:
-        """Of what each segment has, the first's or last's."""
-        return x.unflatten(0, (self.N, self.SPLIT))[:, segment].contiguous()
+        """Of what each segment has, the first's or last's; of a single sequence no view, which would keep all alive."""
+        if self.SPLIT == 1:
+            return x
+        return x.unflatten(0, (self.N, self.SPLIT))[:, segment].clone(memory_format=torch.contiguous_format)
 
     def chain(self, maps: Tensor, steps: Tensor, x_0: Tensor | None, back: bool) -> Tensor:
         """x before each segment (behind it, where back, with maps transposed) from what the segments do to it."""

@@ -36,10 +36,6 @@ CONFIGS: dict[str, list[Config]] = {
         {"BV": 32, "num_warps": 4, "STAGES": 1},
         {"BV": 16, "num_warps": 4, "STAGES": 1},
     ],
-    "chain_kernel, V = 1": [
-        {"BV": 1, "num_warps": 8, "STAGES": 3, "SINCE": 90},
-        {"BV": 1, "num_warps": 8, "STAGES": 1},
-    ],
     "precondition_expand_kernel": [{"num_warps": 4}],
     "precondition_local_kernel": [{"BB": 64, "num_warps": 4, "maxnreg": 128, "SINCE": 90}, {"BB": 64, "num_warps": 4}],
     "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
