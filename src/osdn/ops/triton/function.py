@@ -239,7 +239,7 @@ class _Rule:
         arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "stops": None}
         if path.maps is not None:
             arguments |= {"maps": torch.empty_like(path.maps), "maps_T": path.maps}
-            self.call.by_segment(kernels.precondition_map_kernel, L2NORM=self.l2norm, **arguments)
+            self.call.by_segment(kernels.precondition_map_kernel, **arguments)
         ends = self.passes(kernels.precondition_fwd_kernel, "d_0", d, "d_end", **arguments)
         return path, self.call.of_sequences(ends, -1)
 

@@ -317,25 +317,13 @@ def precondition_check_kernel(
 
 
 @triton.jit
-def narrow(x, DT: tl.constexpr):
-    """x in DT, cut off at what fp16 holds: infinite, it would make all that it meets NaN."""
-    if DT.is_fp16():
-        x = tl.where(x > 65504.0, 65504.0, x)  # as in `clip`, a NaN stays
-        x = tl.where(x < -65504.0, -65504.0, x)
-    return x.to(DT)
-
-
-@triton.jit
 def precondition_map_kernel(
     k, solve, factors, maps, maps_T, cu_seqlens, first_chunk, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """How d at the end of each segment depends on d at its beginning -> maps [segments, HV, K, K], and transposed
     -> maps_T, as if no clip fired."""
-    # Where M may be in fp16, so may this: of tf32's precision, and s of normalised keys is at most 1. A map may grow
-    # past fp16 in directions that d itself does not take, so that no clip stops it: it is to remain a number.
-    DT: tl.constexpr = solve.dtype.element_ty if L2NORM else tl.float32
     NV: tl.constexpr = (K + BV - 1) // BV
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
@@ -344,11 +332,10 @@ def precondition_map_kernel(
     u = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
     D = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
     for m in range(0, tl.cdiv(end - begin, C)):
-        xx, M, _c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
-        s = (xx * r2[:, None]).to(DT)
-        X = tl.dot(s, narrow(D, DT), input_precision=PRECISION) * (c2 / r2)[:, None]
-        Y = tl.dot(M.to(DT), narrow(X, DT), input_precision=PRECISION) * (eta * behind / r2)[:, None]
-        D = kept[:, None] * D - tl.dot(tl.trans(s), narrow(Y, DT), input_precision=PRECISION)
+        xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
+        X = tl.dot(xx, D, input_precision=PRECISION) * c2[:, None]
+        Y = tl.dot(M, X, input_precision=PRECISION) * (eta * behind)[:, None]
+        D = kept[:, None] * D - tl.dot(tl.trans(xx), Y, input_precision=PRECISION)
     inside = (i < K)[:, None] & (u < K)[None, :]
     at = (n * HV + h).to(tl.int64) * K * K
     tl.store(maps + at + i[:, None] * K + u[None, :], D, inside)
