@@ -209,9 +209,14 @@ KERNEL_MUTANTS = {
         "through *= 1.0",
     ),
     "segments on the way back by the map itself": (
-        "function",
-        "S_map=maps, S_map_T=maps_T",
-        "S_map=maps_T, S_map_T=maps",
+        "delta",
+        "S_map_T + at + i[:, None] + (u[None, :] - V) * K",
+        "S_map_T + at + i[:, None] * K + u[None, :] - V",
+    ),
+    "d of segments on the way back by the map itself": (
+        "precondition",
+        "maps_T + at + i[:, None] + u[None, :] * K",
+        "maps_T + at + i[:, None] * K + u[None, :]",
     ),
     "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
     "segment with a clip passed on": (

@@ -464,16 +464,8 @@ def test_operators_are_what_pytorch_expects(few, monkeypatch):
     from osdn.ops.triton import function
 
     in_segments(few, monkeypatch, function)
-    case = Case(
-        lengths=(20 if few else 3,),
-        H=1,
-        HV=2,
-        decay="scalar",
-        forget=True,
-        feedback="beta_aware",
-        box=NONE,
-        chunk_size=16,
-    )
+    lengths = (20 if few else 3,)
+    case = Case(lengths=lengths, H=1, HV=2, decay="scalar", forget=True, feedback="beta_aware", box=NONE, chunk_size=16)
     x = on_device(case.tensors(torch.float32))
     calls, plain = {}, torch.library.CustomOpDef.__call__
     monkeypatch.setattr(

@@ -20,7 +20,6 @@ import io, json, os, resource, signal, sys
 from pathlib import Path
 from rich.console import Console
 from osdn.runs import RunError
-from osdn.runs.store import claim
 from osdn.train import TrainConfig, train
 fields, last, limit, fsync = json.load(sys.stdin), int(sys.argv[1]), int(sys.argv[2]), os.fsync
 fields |= {name: tuple(fields[name]) for name in ("data", "eval_data", "betas")} | {"out": Path(fields["out"])}
