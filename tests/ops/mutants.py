@@ -151,7 +151,7 @@ KERNEL_MUTANTS = {
     "read with the write key": ("delta", "A = tl.dot(kr, wt,", "A = tl.dot(wn.to(DT), wt,"),
     "write with the read key": ("delta", "wn = D * kn", "wn = kn"),
     "residual on the undecayed state": ("delta", "fk *= upto", "fk *= 1.0"),
-    "state undecayed": ("delta", " S *= kept", " S *= 1.0"),
+    "state undecayed": ("delta", " S *= kept[:, None]", " S *= 1.0"),
     "state of a channel undecayed": (
         "delta",
         "kept = tl.load(decay + cell * K + i, i < K, 0.0)",
@@ -159,7 +159,7 @@ KERNEL_MUTANTS = {
     ),
     "output misses its own write": ("delta", "below(PP, C, True)", "below(PP, C, False)"),
     "decay of a write includes its own token": ("delta", "at = ((first + r + 1) * HV", "at = ((first + r) * HV"),
-    "adjoint of the state undecayed": ("delta", "dS *= kept", "dS *= 1.0"),
+    "adjoint of the state undecayed": ("delta", "dS *= kept[:, None]", "dS *= 1.0"),
     "adjoint of the read without beta": ("delta", "(dBc * (b * fk)[:, None])", "(dBc * fk[:, None])"),
     "adjoint of the own write dropped": ("delta", "dP = below(dP, C, True)", "dP = below(dP, C, False)"),
     "cotangent of the final state dropped": ("delta", "dS = tl.load(dS_end", "dS = 0.0 * tl.load(dS_end"),
@@ -210,8 +210,8 @@ KERNEL_MUTANTS = {
     ),
     "segments on the way back by the map itself": (
         "delta",
-        "S_map_T + at + i[:, None] + (u[None, :] - V) * K",
-        "S_map_T + at + i[:, None] * K + u[None, :] - V",
+        "S_map_T + at + i[None, :] + (u[:, None] - V) * K",
+        "S_map_T + at + i[None, :] * K + u[:, None] - V",
     ),
     "d of segments on the way back by the map itself": (
         "precondition",

@@ -180,7 +180,8 @@ def launches(name: str) -> list[Launch]:
     for case in cases():
 
         def record(kernel: Any, _grid: Any, arguments: dict[str, Any], _config: Any, case: Case = case) -> None:
-            found.append(Launch(kernel, arguments, launch.configs(kernel.__name__, arguments, since), case))
+            configs = map(launch.options, launch.configs(kernel.__name__, arguments, since))
+            found.append(Launch(kernel, arguments, list(configs), case))
 
         with (
             patch.object(launch, "_run", record),

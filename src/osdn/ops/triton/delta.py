@@ -44,6 +44,13 @@ def upto_and_behind(g, x, first, end, h, HV: tl.constexpr, K: tl.constexpr, C: t
 
 
 @triton.jit
+def channel_decays(g, first, end, h, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BB: tl.constexpr, start):
+    """[C, BB] float32 of g, cut off where exp is 0: `factors` multiplies with 0, too, which infinity does not bear."""
+    x = rows(g, first, end, h, HV, K, C, BB, start).to(tl.float32)
+    return tl.maximum(x, -1e4, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def first_level(x):
     """-1 where no channel of x decays by more than exp(-80): one reference token serves all pairs. Otherwise 0."""
     return tl.where(tl.min(tl.sum(x, 0), 0) > -80.0, -1, 0)
@@ -68,9 +75,13 @@ def factors(x, level, C: tl.constexpr, EXACT: tl.constexpr):
         same = block[:, None] == block[None, :]
         second = (block & 1) == 1
         spans = tl.where(second[:, None], r[:, None] >= r[None, :], r[:, None] < r[None, :]) & same
-        decay = tl.exp(tl.dot(tl.where(spans, 1.0, 0.0), x, input_precision=EXACT))
-        row = tl.where(second[:, None], decay, 0.0)
-        col = tl.where(second[:, None], 0.0, decay)
+        # x in two terms that tf32 holds, as it does 0 and 1.
+        TERM: tl.constexpr = "tf32" if EXACT == "tf32x3" else EXACT
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        mask = tl.where(spans, 1.0, 0.0)
+        row = tl.dot(mask, x - high, tl.dot(mask, high, input_precision=TERM), input_precision=TERM)
+        row = tl.exp(row)
+        col = row
         pairs = ((block[:, None] >> 1) == (block[None, :] >> 1)) & (block[:, None] > block[None, :])
     return row, col, pairs
 
@@ -150,7 +161,7 @@ def delta_intra_fwd_kernel(
             wn = D * kn
             store_rows(w, wn, first, end, h, HV, K, C, BB, at)
         if DECAY == 2:
-            x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
+            x = channel_decays(g, first, end, h, HV, K, C, BB, at)
             diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
             wd = wn.to(DT)
             lowest = first_level(x)
@@ -227,15 +238,15 @@ def delta_channels_kernel(
 
 @triton.jit
 def at_hand(
-    scales, decay, cell, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    scales, decay, cell, K: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     PRECONDITIONED: tl.constexpr,
 ):  # fmt: skip
-    """What was left to multiply rows of q, k and w with [C], and S over the chunk [BK, 1]."""
-    i = tl.arange(0, BK)
+    """What was left to multiply rows of q, k and w with [C]; S over the chunk, [BK] or, N times the same, [N]."""
     fw = tl.full([C], 1.0, tl.float32)
     if DECAY == 2:
         fq = fw
         fk = fw
+        i = tl.arange(0, BK)
         kept = tl.load(decay + cell * K + i, i < K, 0.0)
     else:
         at = scales + cell * 4 * C
@@ -244,8 +255,8 @@ def at_hand(
         if DECAY == 1 or not PRECONDITIONED:
             fw = tl.load(at + 2 * C + tl.arange(0, C))
         # As a number it would be waited for in each chunk: only loads of tensors are issued ahead.
-        kept = tl.load(at + 3 * C + i % C)
-    return fq, fk, fw, kept[:, None]
+        kept = tl.load(at + 3 * C + tl.arange(0, N) % C)
+    return fq, fk, fw, kept
 
 
 @triton.jit
@@ -259,7 +270,8 @@ def delta_inter_fwd_kernel(
     """What is not None of: o and U [tokens, HV, V], S_end [segments, HV, K, V], S before each chunk -> states.
 
     What the pass does to S but for what v adds -> S_map [segments, HV, K, K], and transposed -> S_map_T, computed in
-    columns behind those of S, which begin as the identity.
+    columns behind those of S, which begin as the identity. S is held transposed: so what products take from it, and
+    from each other, stays in registers.
     """
     NV: tl.constexpr = (V + (0 if S_map is None else K) + BV - 1) // BV
     bv = tl.program_id(0) % NV
@@ -269,46 +281,49 @@ def delta_inter_fwd_kernel(
     i = tl.arange(0, BK)
     r = tl.arange(0, C)
     u = bv * BV + tl.arange(0, BV)
-    entries = i[:, None] * V + u[None, :]
-    inside = (i < K)[:, None] & (u < V)[None, :]
+    entries = u[:, None] + i[None, :] * V
+    inside = (u < V)[:, None] & (i < K)[None, :]
     vr = rows(v, begin, end, h, HV, V, C, BV, bv * BV)
-    S = tl.zeros([BK, BV], tl.float32)
+    S = tl.zeros([BV, BK], tl.float32)
     if S_map is not None:
-        S = tl.where(i[:, None] == u[None, :] - V, 1.0, 0.0)
+        S = tl.where(u[:, None] - V == i[None, :], 1.0, 0.0)
     if S_0 is not None:
         S = tl.load(S_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     for m in tl.range(0, tl.cdiv(end - begin, C), num_stages=STAGES):
         first = begin + m * C
         cell = (c + m) * HV + h
-        fq, fk, fw, kept = at_hand(scales, decay, cell, K, BK, C, DECAY, PRECONDITIONED)
+        fq, fk, fw, kept = at_hand(scales, decay, cell, K, BK, BV, C, DECAY, PRECONDITIONED)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
         Tc = tl.load(T + cell * C * C + r[:, None] * C + r[None, :])
         b = per_token(beta, first, end, h, HV, C)
         Sd = S.to(DT)
-        B = (vr.to(tl.float32) - tl.dot(kr, Sd, input_precision=PRECISION) * fk[:, None]) * b[:, None]
+        B = tl.trans(vr).to(tl.float32) - tl.dot(Sd, tl.trans(kr), input_precision=PRECISION) * fk[None, :]
+        B = (B * b[None, :]).to(DT)
         # In registers until the next turn: shared memory is full of what products read.
         vr = rows(v, first + C, end, h, HV, V, C, BV, bv * BV)
-        Uc = tl.dot(Tc.to(DT), B.to(DT), input_precision=PRECISION)
+        Uc = tl.dot(B, tl.trans(Tc.to(DT)), input_precision=PRECISION)
         if o is not None:
             qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
             Pc = tl.load(P + cell * C * C + r[:, None] * C + r[None, :])
-            out = tl.dot(qr, Sd, input_precision=PRECISION) * fq[:, None]
-            out += tl.dot(Pc.to(DT), Uc.to(DT), input_precision=PRECISION)
-            store_rows(o, out, first, end, h, HV, V, C, BV, bv * BV)
+            out = tl.dot(Sd, tl.trans(qr), input_precision=PRECISION) * fq[None, :]
+            out += tl.dot(Uc.to(DT), tl.trans(Pc.to(DT)), input_precision=PRECISION)
+            store_rows(o, tl.trans(out), first, end, h, HV, V, C, BV, bv * BV)
         if states is not None:
             tl.store(states + cell * K * V + entries, S.to(states.dtype.element_ty), inside)
-            store_rows(U, Uc, first, end, h, HV, V, C, BV, bv * BV)
-        if DECAY != 0:
-            S *= kept
-        S += tl.dot(tl.trans(wr), (Uc * fw[:, None]).to(DT), input_precision=PRECISION)
+            store_rows(U, tl.trans(Uc), first, end, h, HV, V, C, BV, bv * BV)
+        if DECAY == 1:
+            S *= kept[:, None]
+        if DECAY == 2:
+            S *= kept[None, :]
+        S += tl.dot((Uc * fw[None, :]).to(DT), wr, input_precision=PRECISION)
     if S_end is not None:
         tl.store(S_end + (n * HV + h).to(tl.int64) * K * V + entries, S, inside)
     if S_map is not None:
         at = (n * HV + h).to(tl.int64) * K * K
-        inside = (i < K)[:, None] & ((u >= V) & (u < V + K))[None, :]
-        tl.store(S_map + at + i[:, None] * K + u[None, :] - V, S, inside)
-        tl.store(S_map_T + at + i[:, None] + (u[None, :] - V) * K, S, inside)
+        inside = ((u >= V) & (u < V + K))[:, None] & (i < K)[None, :]
+        tl.store(S_map + at + i[None, :] * K + u[:, None] - V, S, inside)
+        tl.store(S_map_T + at + i[None, :] + (u[:, None] - V) * K, S, inside)
 
 
 @triton.jit
@@ -340,7 +355,7 @@ def delta_inter_bwd_kernel(
     for back in tl.range(0, count, num_stages=STAGES):
         first = begin + (count - 1 - back) * C
         cell = (c + count - 1 - back) * HV + h
-        fq, fk, fw, kept = at_hand(scales, decay, cell, K, BK, C, DECAY, PRECONDITIONED)
+        fq, fk, fw, kept = at_hand(scales, decay, cell, K, BK, BK, C, DECAY, PRECONDITIONED)
         qr = rows(q, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         kr = rows(k, first, end, h // (HV // HQ), HQ, K, C, BK).to(DT)
         wr = rows(w, first, end, h // (HV // HW), HW, K, C, BK).to(DT)
@@ -359,7 +374,7 @@ def delta_inter_bwd_kernel(
         scaled = (dor.to(tl.float32) * fq[:, None]).to(DT)
         dor = rows(do, tl.maximum(first - C, begin), end, h, HV, V, C, BV, bv * BV)  # as v in `delta_inter_fwd_kernel`
         if DECAY != 0:
-            dS *= kept
+            dS *= kept[:, None]
         dS += tl.dot(tl.trans(qr), scaled, input_precision=PRECISION)
         dS -= tl.dot(tl.trans(kr), (dBc * (b * fk)[:, None]).to(DT), input_precision=PRECISION)
     if dS_0 is not None:
@@ -441,6 +456,11 @@ def delta_intra_bwd_kernel(
     ended = tl.zeros([BB], tl.float32)
     states += cell * K * V
     dstates += cell * K * V
+    if BK == BB:  # before the products, as what they wait for takes as long
+        kr = rows(k, first, end, hk, H, K, C, BB).to(DT)
+        qr = rows(q, first, end, hk, H, K, C, BB).to(DT)
+        if PRECONDITIONED:
+            wd = rows(w, first, end, h, HV, K, C, BB).to(DT)
     for bv in range(0, NV):
         Ud = rows(U, first, end, h, HV, V, C, BV, bv * BV).to(DT)
         dBd = rows(dB, first, end, h, HV, V, C, BV, bv * BV)
@@ -492,18 +512,19 @@ def delta_intra_bwd_kernel(
         dqa *= (scale * upto)[:, None]
         dka *= -upto[:, None]
         dwa *= behind[:, None]
-        kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
-        qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
+        if BK != BB:
+            kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
+            qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
+            if PRECONDITIONED:
+                wd = rows(w, first, end, h, HV, K, C, BB, at).to(DT)
         kn = kr.to(tl.float32) * nk[:, None]
         qn = qr.to(tl.float32) * nq[:, None]
-        if PRECONDITIONED:
-            wd = rows(w, first, end, h, HV, K, C, BB, at).to(DT)
-        else:
+        if not PRECONDITIONED:
             wd = kn.to(DT)
         qd = qn.to(DT)
         kb = (kn * b[:, None]).to(DT)
         if DECAY == 2:
-            x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
+            x = channel_decays(g, first, end, h, HV, K, C, BB, at)
             ups, behinds, kept_each = upto_and_behind(g, x, first, end, h, HV, K, C, BB, at)
             dqa *= ups
             dka *= ups

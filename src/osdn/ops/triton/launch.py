@@ -1,8 +1,8 @@
 """How kernels are launched: every launch of this package goes through `launch`, with a config from `CONFIGS`.
 
-A config holds what changes speed and not results: block sizes, warps, pipeline stages. The first one that fits the
-device's shared memory is taken and remembered; nothing is timed at run time, so that a length or batch size never met
-before costs nothing, and reruns are bitwise equal.
+A config holds what changes speed and not results: block sizes, warps, pipeline stages. The first one is taken that fits
+the device's shared memory and leaves the device enough programs; nothing is timed at run time, so that a length or
+batch size never met before costs nothing, and reruns are bitwise equal.
 
 What compiles is not therefore right: of configs that were tried, some that spill many registers read shared memory
 out of bounds, and one wrote wrong results (docs/kernels.md). The tests run each of those here on a GPU.
@@ -22,6 +22,7 @@ Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
 # By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
+# PROGRAMS: from how many on, as wider blocks make fewer.
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
@@ -44,6 +45,7 @@ CONFIGS: dict[str, list[Config]] = {
     "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 32, "num_warps": 2, "SINCE": 90}, {"BB": 16, "num_warps": 4}],
     "delta_channels_kernel": [{"BB": 32, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
+        {"BV": 128, "num_warps": 8, "STAGES": 3, "SINCE": 90, "PROGRAMS": 128},
         {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90},
         {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
         {"BV": 32, "num_warps": 4, "STAGES": 2},
@@ -70,7 +72,8 @@ CONFIGS: dict[str, list[Config]] = {
     ],
 }
 
-_taken: dict[tuple[Any, ...], Config] = {}
+_left: dict[tuple[Any, ...], list[Config]] = {}
+"""Of what was launched, the configs that the device has not refused."""
 _constants: dict[str, list[str]] = {}
 
 
@@ -94,8 +97,13 @@ def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     return [
         {n: min(x, widest.get(n, x)) for n, x in config.items() if n != "SINCE"}
         for config in found
-        if config.get("SINCE", 0) <= since
+        if config.get("SINCE", 0) <= since and ("PROGRAMS" not in config or config["BV"] <= widest["BV"])
     ]
+
+
+def options(config: Config) -> Config:
+    """What of a config the kernel takes."""
+    return {n: x for n, x in config.items() if n != "PROGRAMS"}
 
 
 def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> None:
@@ -104,20 +112,20 @@ def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> N
     if name not in _constants:
         _constants[name] = list(kernel.fn.__annotations__)  # none but constexprs are annotated
     key = (name, device, *map(arguments.get, _constants[name]))
-    candidates = [_taken[key]] if key in _taken else []
-    for config in candidates or configs(name, arguments, capability(device)):
+    if key not in _left:
+        _left[key] = configs(name, arguments, capability(device))
+    left = _left[key]
+    while True:
+        enough = (c for c in left[:-1] if grid({**arguments, **c})[0] >= c.get("PROGRAMS", 0))
+        config = next(enough, left[-1])
         try:
             with on(device):
-                _run(kernel, grid, arguments, config)
-        except OutOfResources as error:  # of another dtype's tensors, too, under the same key
-            refused = error
-        else:
-            _taken[key] = config
+                _run(kernel, grid, arguments, options(config))
             return
-    if _taken.pop(key, None):
-        launch(kernel, grid, device, **arguments)
-    else:
-        raise refused
+        except OutOfResources:
+            if len(left) == 1:
+                raise
+            left.remove(config)
 
 
 def _run(kernel: Any, grid: Grid, arguments: dict[str, Any], config: Config) -> None:
