@@ -218,7 +218,11 @@ KERNEL_MUTANTS = {
         "maps_T + at + i[:, None] + u[None, :] * K",
         "maps_T + at + i[:, None] * K + u[None, :]",
     ),
-    "segments begin with what they alone make": ("shared", " + tl.dot(M, x, input_precision=PRECISION)", ""),
+    "segments begin with what they alone make": (
+        "shared",
+        " + tl.dot(M.to(tl.float32), x, input_precision=PRECISION)",
+        "",
+    ),
     "segment with a clip passed on": (
         "precondition",
         "walked - skipped, 0",

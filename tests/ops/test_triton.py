@@ -139,20 +139,25 @@ SEGMENTED = [
 ]
 
 
+WIDE_SEGMENTED = [
+    *(replace(case, T=1000, K=60, eta=20.0) for case in (SEGMENTED[0], SEGMENTED[2])),
+    *(replace(WIDE, decay=decay) for decay in DECAYS),
+]
+
+
 @pytest.mark.parametrize(
-    "case",
+    ("case", "dtype"),
     [
-        *SEGMENTED,
-        *(pytest.param(replace(case, T=1000, K=60, eta=20.0), marks=gpu) for case in (SEGMENTED[0], SEGMENTED[2])),
-        *(pytest.param(replace(WIDE, decay=decay), marks=gpu) for decay in DECAYS),
+        *((case, torch.float32) for case in SEGMENTED),
+        *(pytest.param(case, x, marks=gpu) for case in WIDE_SEGMENTED for x in (torch.float32, torch.bfloat16)),
     ],
     ids=str,
 )
-def test_matches_the_definition_in_segments(case, monkeypatch):
+def test_matches_the_definition_in_segments(case, dtype, monkeypatch):
     from osdn.ops.triton import function
 
     in_segments(True, monkeypatch, function)
-    x = case.tensors(torch.float32)
+    x = case.tensors(dtype)
     over, name = excess(case, kernels(case, x), *bars(case, x))
     assert over <= 1, (name, over)
 
@@ -437,13 +442,14 @@ def test_mutant_is_killed(name, tmp_path, monkeypatch):
     assert holds(mutate_kernels(name, tmp_path), monkeypatch) == (name is None)
 
 
-def test_saves_little_more_than_the_plain_delta_rule(monkeypatch):
+@pytest.mark.parametrize(("B", "T", "H"), [(2, 512, 2), (1, 4096, 4)], ids=["whole", "in segments"])
+def test_saves_little_more_than_the_plain_delta_rule(B, T, H, monkeypatch):
     """Against flash-linear-attention's `chunk_delta_rule` in a layer, where q and k live on as results of convolutions:
     it keeps v, beta, T, the first state, and q and k again, normalised, with norms."""
     from osdn.ops.triton import launch
 
     monkeypatch.setattr(launch, "_run", lambda *_: None)
-    B, T, H, K = 2, 512, 2, 128
+    K = 128
     q, k, v = (torch.zeros(B, T, H, K, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(3))
     beta, forget = (torch.zeros(B, T, H, device=DEVICE, requires_grad=True) for _ in range(2))
     state = osdn.DeltaState(torch.zeros(B, H, K, K, device=DEVICE), torch.ones(B, H, K, device=DEVICE))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,8 +29,10 @@ from osdn.ops.triton.shared import chain_kernel
 INTERPRETED = triton.knobs.runtime.interpret
 PROGRAMS = 128
 """Programs of a pass over chunks, up to which sequences are split: about the processors of a GPU."""
-SEGMENT = 8
-"""Chunks that a segment has at least."""
+CROWD = 2
+"""Of d, a vector, passes wait for little but their own last step."""
+SEGMENT = 16
+"""Chunks that a segment has at least, so that what is kept of it is less than a tenth of what is kept of those."""
 SEGMENTS = 4
 """Fewer would save less than their maps cost."""
 _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
@@ -46,6 +48,8 @@ class _Call:
     V: int
     cu_seqlens: Tensor | None
     chunk_size: int
+    crowd: int = 1
+    """Programs of a pass over chunks that a processor takes side by side."""
 
     @cached_property
     def C(self) -> int:
@@ -103,7 +107,7 @@ class _Call:
     def SPLIT(self) -> int:
         """Segments, worked on side by side, that each sequence is cut into where there are few of these and heads."""
         split, chunks = 1, self.chunk_count // self.N
-        while 2 * split * self.N * self.HV <= PROGRAMS and chunks >= 2 * split * SEGMENT:
+        while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * SEGMENT:
             split *= 2
         return split if split >= SEGMENTS else 1
 
@@ -229,7 +233,7 @@ class _Rule:
             e=call.tokens(HV),
             active=call.new(n, HV, dtype=torch.int32),
             last=call.new(call.N, HV, dtype=torch.int32),
-            maps=call.new(call.N * call.SPLIT, HV, K, K) if call.SPLIT > 1 else None,
+            maps=call.new(call.N * call.SPLIT, HV, K, K, dtype=call.stored) if call.SPLIT > 1 else None,
             solve=call.new(n, HV, call.C, call.C, dtype=torch.float16 if small else torch.float32),
         )
 
@@ -238,7 +242,7 @@ class _Rule:
         path = self.empty_path()
         arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "stops": None}
         if path.maps is not None:
-            arguments |= {"maps": torch.empty_like(path.maps), "maps_T": path.maps}
+            arguments |= {"maps": torch.empty_like(path.maps, dtype=torch.float32), "maps_T": path.maps}
             self.call.by_segment(kernels.precondition_map_kernel, **arguments)
         ends = self.passes(kernels.precondition_fwd_kernel, "d_0", d, "d_end", **arguments)
         return path, self.call.of_sequences(ends, -1)
@@ -335,7 +339,7 @@ class _Delta:
         pass_on = partial(self.pass_on, self.read(rq, rk, intra))
         starts = maps_T = None
         if call.SPLIT > 1:
-            maps, maps_T = (call.new(call.N * call.SPLIT, HV, K, K) for _ in range(2))
+            maps, maps_T = (call.new(call.N * call.SPLIT, HV, K, K, dtype=x) for x in (torch.float32, call.stored))
             pass_on(S_end=ends, S_map=maps, S_map_T=maps_T)
             S = starts = call.chain(maps, ends, S, back=False)
         pass_on(S_0=S, o=o, S_end=ends)
@@ -379,7 +383,7 @@ def _parts(
     preconditioned: bool, rule: list[float], l2norm: bool, scale: float, chunk_size: int,
 ) -> _Delta:  # fmt: skip
     call = _call(k, v, g, cu_seqlens, chunk_size)
-    own = _Rule(call, k, beta, forget, _preconditioner(rule), l2norm) if preconditioned else None
+    own = _Rule(replace(call, crowd=CROWD), k, beta, forget, _preconditioner(rule), l2norm) if preconditioned else None
     return _Delta(call, q, k, v, beta, g, own, l2norm, scale)
 
 
@@ -424,7 +428,8 @@ def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, s
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
     call = parts.call
     HV, K, V = call.HV, k.shape[3], v.shape[3]
-    starts, maps = ((call.new(call.N * call.SPLIT, HV, K, x) if call.SPLIT > 1 else None) for x in (V, K))
+    new = partial(call.new, call.N * call.SPLIT, HV, K)
+    starts, maps = (new(V), new(K, dtype=call.stored)) if call.SPLIT > 1 else (None, None)
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if parts.rule is None else parts.rule.empty_path()
     d_end = None if d is None else torch.empty_like(d)
@@ -459,7 +464,7 @@ def _delta_rule_backward_fake(do, dS, dd, q, k, v, beta, g, forget, S, d, *_):  
 
 
 def _alone(k: Tensor, beta: Tensor | None, forget: Tensor | None, cu: Tensor | None, rule: list[float]) -> _Rule:
-    return _Rule(_Call(k, k.shape[2], 1, cu, 64), k, beta, forget, _preconditioner(rule), False)
+    return _Rule(_Call(k, k.shape[2], 1, cu, 64, CROWD), k, beta, forget, _preconditioner(rule), False)
 
 
 def _precondition(

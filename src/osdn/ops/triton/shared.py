@@ -165,7 +165,7 @@ def chain_kernel(
 ):  # fmt: skip
     """x <- M_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: last first.
 
-    maps [segments, HV, K, K]; steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
+    maps [segments, HV, K, K], in bf16 too; steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     # All of M in three terms of tf32 would not fit in registers.
@@ -191,7 +191,7 @@ def chain_kernel(
             live = (r < K)[:, None] & (u < V)[None, :]
             at = r[:, None] * V + u[None, :]
             M = tl.load(maps + cell * K * K + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
-            y = tl.load(steps + cell * K * V + at, live, 0.0) + tl.dot(M, x, input_precision=PRECISION)
+            y = tl.load(steps + cell * K * V + at, live, 0.0) + tl.dot(M.to(tl.float32), x, input_precision=PRECISION)
             tl.store(after + at, y, live)
         if BR == BK:
             x = y
