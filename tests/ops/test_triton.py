@@ -126,7 +126,7 @@ def test_matches_the_definition(case):
 
 def in_segments(few, monkeypatch, module):
     """Have sequences of more than one chunk split, or none."""
-    for name, x in (("PROGRAMS", 64), ("SEGMENT", 1), ("SEGMENTS", 2 if few else 1000)):
+    for name, x in (("PROGRAMS", 64), ("CROWD", 1), ("SEGMENT", 1), ("SEGMENTS", 2 if few else 1000)):
         monkeypatch.setattr(module, name, x)
     return True
 

@@ -34,7 +34,7 @@ CROWD = 2
 SEGMENT = 16
 """Chunks that a segment has at least, so that what is kept of it is less than a tenth of what is kept of those."""
 SEGMENTS = 4
-"""Fewer would save less than their maps cost."""
+"""Fewer (times CROWD) would save less than their maps cost."""
 _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
 """Kernels whose programs have a block of columns each."""
 
@@ -109,7 +109,7 @@ class _Call:
         split, chunks = 1, self.chunk_count // self.N
         while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * SEGMENT:
             split *= 2
-        return split if split >= SEGMENTS else 1
+        return split if split >= self.crowd * SEGMENTS else 1
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.k.device)
