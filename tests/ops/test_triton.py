@@ -582,6 +582,36 @@ def test_blocks_are_as_wide_as_what_they_split():
     assert list(maps) == [16, 64]
 
 
+def test_configs_follow_the_number_of_programs_and_what_the_device_refuses(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from osdn.ops.triton import launch
+
+    taken, refused = [], set()
+
+    def run(kernel, _grid, _arguments, config):
+        if kernel.__name__ == "delta_inter_fwd_kernel":
+            taken.append(config["BV"])
+            if config["BV"] in refused:
+                raise OutOfResources(2, 1, "shared memory")
+
+    def found(B):
+        taken.clear()
+        x = Case(T=16, B=B, H=2, K=128, V=128, plain=True).tensors(torch.float32)
+        x = {n: x[n].to(DEVICE) for n in ("q", "k", "v", "beta")}
+        osdn.online_scaled_delta_rule(**x, preconditioner=None, backend="triton")
+        return taken
+
+    monkeypatch.setattr(launch, "_run", run)
+    monkeypatch.setattr(launch, "capability", lambda _: 90)
+    monkeypatch.setattr(launch, "_left", {})
+    assert found(B=64) == [128]
+    assert found(B=2) == [64]
+    refused |= {128, 64}
+    assert found(B=64) == [128, 64, 64, 32]
+    assert found(B=64) == [32]
+
+
 @gpu
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("B", "T", "K", "V"), [(4097, 4096, 128, 16), (70_000, 16, 16, 16)])

@@ -114,8 +114,8 @@ def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> N
     key = (name, device, *map(arguments.get, _constants[name]))
     if key not in _left:
         _left[key] = configs(name, arguments, capability(device))
-    left = _left[key]
     while True:
+        left = _left[key]
         enough = (c for c in left[:-1] if grid({**arguments, **c})[0] >= c.get("PROGRAMS", 0))
         config = next(enough, left[-1])
         try:
@@ -125,7 +125,7 @@ def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> N
         except OutOfResources:
             if len(left) == 1:
                 raise
-            left.remove(config)
+            _left[key] = [c for c in left if c is not config]
 
 
 def _run(kernel: Any, grid: Grid, arguments: dict[str, Any], config: Config) -> None:
