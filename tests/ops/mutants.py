@@ -218,9 +218,10 @@ KERNEL_MUTANTS = {
         "maps_T + at + i[:, None] + u[None, :] * K",
         "maps_T + at + i[:, None] * K + u[None, :]",
     ),
-    "segments begin with what they alone make": (
+    "segments begin with what they alone make": ("shared", "        x += y\n", "        x = y\n"),
+    "segments pass on what they begin with unchanged": (
         "shared",
-        " + tl.dot(M.to(tl.float32), x, input_precision=PRECISION)",
+        " + tl.dot(E.to(tl.float32), x, input_precision=PRECISION)",
         "",
     ),
     "segment with a clip passed on": (

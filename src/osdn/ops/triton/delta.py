@@ -44,13 +44,6 @@ def upto_and_behind(g, x, first, end, h, HV: tl.constexpr, K: tl.constexpr, C: t
 
 
 @triton.jit
-def channel_decays(g, first, end, h, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BB: tl.constexpr, start):
-    """[C, BB] float32 of g, cut off where exp is 0: `factors` multiplies with 0, too, which infinity does not bear."""
-    x = rows(g, first, end, h, HV, K, C, BB, start).to(tl.float32)
-    return tl.maximum(x, -1e4, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def first_level(x):
     """-1 where no channel of x decays by more than exp(-80): one reference token serves all pairs. Otherwise 0."""
     return tl.where(tl.min(tl.sum(x, 0), 0) > -80.0, -1, 0)
@@ -75,7 +68,7 @@ def factors(x, level, C: tl.constexpr, EXACT: tl.constexpr):
         same = block[:, None] == block[None, :]
         second = (block & 1) == 1
         spans = tl.where(second[:, None], r[:, None] >= r[None, :], r[:, None] < r[None, :]) & same
-        # x in two terms that tf32 holds, as it does 0 and 1.
+        # x in two terms, of which tf32 holds the first, as it does 0 and 1, and of the second 11 bits.
         TERM: tl.constexpr = "tf32" if EXACT == "tf32x3" else EXACT
         high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         mask = tl.where(spans, 1.0, 0.0)
@@ -161,7 +154,7 @@ def delta_intra_fwd_kernel(
             wn = D * kn
             store_rows(w, wn, first, end, h, HV, K, C, BB, at)
         if DECAY == 2:
-            x = channel_decays(g, first, end, h, HV, K, C, BB, at)
+            x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
             diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
             wd = wn.to(DT)
             lowest = first_level(x)
@@ -241,7 +234,8 @@ def at_hand(
     scales, decay, cell, K: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     PRECONDITIONED: tl.constexpr,
 ):  # fmt: skip
-    """What was left to multiply rows of q, k and w with [C]; S over the chunk, [BK] or, N times the same, [N]."""
+    """What was left to multiply rows of q, k and w with [C]; and S over the chunk: with a decay per channel [BK], else
+    one number N times [N]."""
     fw = tl.full([C], 1.0, tl.float32)
     if DECAY == 2:
         fq = fw
@@ -269,9 +263,9 @@ def delta_inter_fwd_kernel(
 ):  # fmt: skip
     """What is not None of: o and U [tokens, HV, V], S_end [segments, HV, K, V], S before each chunk -> states.
 
-    What the pass does to S but for what v adds -> S_map [segments, HV, K, K], and transposed -> S_map_T, computed in
-    columns behind those of S, which begin as the identity. S is held transposed: so what products take from it, and
-    from each other, stays in registers.
+    What the pass adds to S but for what v adds, a map less the identity -> S_map [segments, HV, K, K], and transposed
+    -> S_map_T, computed in columns behind those of S, which begin as the identity. S is held transposed: so what
+    products take from it, and from each other, stays in registers.
     """
     NV: tl.constexpr = (V + (0 if S_map is None else K) + BV - 1) // BV
     bv = tl.program_id(0) % NV
@@ -321,6 +315,7 @@ def delta_inter_fwd_kernel(
         tl.store(S_end + (n * HV + h).to(tl.int64) * K * V + entries, S, inside)
     if S_map is not None:
         at = (n * HV + h).to(tl.int64) * K * K
+        S -= tl.where(u[:, None] - V == i[None, :], 1.0, 0.0)
         inside = ((u >= V) & (u < V + K))[:, None] & (i < K)[None, :]
         tl.store(S_map + at + i[None, :] * K + u[:, None] - V, S, inside)
         tl.store(S_map_T + at + i[None, :] + (u[:, None] - V) * K, S, inside)
@@ -524,7 +519,7 @@ def delta_intra_bwd_kernel(
         qd = qn.to(DT)
         kb = (kn * b[:, None]).to(DT)
         if DECAY == 2:
-            x = channel_decays(g, first, end, h, HV, K, C, BB, at)
+            x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
             ups, behinds, kept_each = upto_and_behind(g, x, first, end, h, HV, K, C, BB, at)
             dqa *= ups
             dka *= ups

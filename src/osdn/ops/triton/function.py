@@ -30,9 +30,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 PROGRAMS = 128
 """Programs of a pass over chunks, up to which sequences are split: about the processors of a GPU."""
 CROWD = 2
-"""Of d, a vector, passes wait for little but their own last step."""
-SEGMENT = 16
-"""Chunks that a segment has at least, so that what is kept of it is less than a tenth of what is kept of those."""
+"""Programs of a pass of d that a processor takes side by side."""
+SEGMENT = 8
+"""Tokens for each channel of a key or value that a segment has at least: in bf16, a tenth of what is kept is then of
+segments."""
 SEGMENTS = 4
 """Fewer (times CROWD) would save less than their maps cost."""
 _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
@@ -50,6 +51,12 @@ class _Call:
     chunk_size: int
     crowd: int = 1
     """Programs of a pass over chunks that a processor takes side by side."""
+
+    def of_d(self) -> _Call:
+        """The same for the passes of d, a vector: they wait for little but their own last step."""
+        call = replace(self, crowd=CROWD)
+        vars(call)["tables"] = self.tables  # made once
+        return call
 
     @cached_property
     def C(self) -> int:
@@ -95,7 +102,7 @@ class _Call:
         """cu_seqlens on the device, (sequence, chunk in it) of each chunk or (-1, .), first chunk of each sequence."""
         if self.cu_seqlens is None:
             return None, None, None
-        cu = self.cu_seqlens.to(self.k.device, torch.int64)
+        cu = self.cu_seqlens.to(self.k.device, torch.int64).contiguous()
         ends = cu.diff().add(self.C - 1).div(self.C, rounding_mode="floor").cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends])
         index = torch.arange(self.chunk_count, device=cu.device)
@@ -107,7 +114,8 @@ class _Call:
     def SPLIT(self) -> int:
         """Segments, worked on side by side, that each sequence is cut into where there are few of these and heads."""
         split, chunks = 1, self.chunk_count // self.N
-        while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * SEGMENT:
+        least = -(-SEGMENT * max(self.k.shape[3], self.V) // self.C)
+        while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * least:
             split *= 2
         return split if split >= self.crowd * SEGMENTS else 1
 
@@ -383,7 +391,7 @@ def _parts(
     preconditioned: bool, rule: list[float], l2norm: bool, scale: float, chunk_size: int,
 ) -> _Delta:  # fmt: skip
     call = _call(k, v, g, cu_seqlens, chunk_size)
-    own = _Rule(replace(call, crowd=CROWD), k, beta, forget, _preconditioner(rule), l2norm) if preconditioned else None
+    own = _Rule(call.of_d(), k, beta, forget, _preconditioner(rule), l2norm) if preconditioned else None
     return _Delta(call, q, k, v, beta, g, own, l2norm, scale)
 
 
@@ -464,7 +472,7 @@ def _delta_rule_backward_fake(do, dS, dd, q, k, v, beta, g, forget, S, d, *_):  
 
 
 def _alone(k: Tensor, beta: Tensor | None, forget: Tensor | None, cu: Tensor | None, rule: list[float]) -> _Rule:
-    return _Rule(_Call(k, k.shape[2], 1, cu, 64, CROWD), k, beta, forget, _preconditioner(rule), False)
+    return _Rule(_Call(k, k.shape[2], 1, cu, 64).of_d(), k, beta, forget, _preconditioner(rule), False)
 
 
 def _precondition(

@@ -10,7 +10,7 @@
 
 R_tj = prod_{j < i <= t} lambda_i, G_t = prod_{i < t} lambda_i. A chunk in which a clip may fire is walked through
 token by token and marked `active`; all else about it can be rebuilt from d before the chunk and e. All in float32, but
-for M and products of [C, K] tiles, which are docs/kernels.md's subject. Derivations: docs/math.md.
+for M, products of [C, K] tiles and maps that are kept, which are docs/kernels.md's subject. Derivations: docs/math.md.
 """
 
 import triton
@@ -322,8 +322,8 @@ def precondition_map_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """How d at the end of each segment depends on d at its beginning -> maps [segments, HV, K, K], and transposed
-    -> maps_T, as if no clip fired."""
+    """How d at the end of each segment depends on d at its beginning, less the identity -> maps [segments, HV, K, K],
+    and transposed -> maps_T, as if no clip fired."""
     NV: tl.constexpr = (K + BV - 1) // BV
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
@@ -336,6 +336,7 @@ def precondition_map_kernel(
         X = tl.dot(xx, D, input_precision=PRECISION) * c2[:, None]
         Y = tl.dot(M, X, input_precision=PRECISION) * (eta * behind)[:, None]
         D = kept[:, None] * D - tl.dot(tl.trans(xx), Y, input_precision=PRECISION)
+    D -= tl.where(i[:, None] == u[None, :], 1.0, 0.0)
     inside = (i < K)[:, None] & (u < K)[None, :]
     at = (n * HV + h).to(tl.int64) * K * K
     tl.store(maps + at + i[:, None] * K + u[None, :], D, inside)

@@ -163,9 +163,10 @@ def chain_kernel(
     maps, steps, x_0, starts, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x <- M_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: last first.
+    """x <- x + E_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: last first.
 
-    maps [segments, HV, K, K], in bf16 too; steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
+    maps [segments, HV, K, K], in bf16 too: E_g = M_g - I, as rounding is to cost nothing where x stays as it is, or it
+    would grow from segment to segment. steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     # All of M in three terms of tf32 would not fit in registers.
@@ -190,11 +191,13 @@ def chain_kernel(
             r = block * BR + tl.arange(0, BR)
             live = (r < K)[:, None] & (u < V)[None, :]
             at = r[:, None] * V + u[None, :]
-            M = tl.load(maps + cell * K * K + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
-            y = tl.load(steps + cell * K * V + at, live, 0.0) + tl.dot(M.to(tl.float32), x, input_precision=PRECISION)
-            tl.store(after + at, y, live)
-        if BR == BK:
-            x = y
-        else:
+            E = tl.load(maps + cell * K * K + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
+            y = tl.load(steps + cell * K * V + at, live, 0.0) + tl.dot(E.to(tl.float32), x, input_precision=PRECISION)
+            if BR < BK:
+                tl.store(after + at, y, live)
+        if BR < BK:
             tl.debug_barrier()
-            x = tl.load(after + entries, inside, 0.0)
+            y = tl.load(after + entries, inside, 0.0)
+            tl.debug_barrier()
+        x += y
+        tl.store(after + entries, x, inside)
