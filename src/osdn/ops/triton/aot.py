@@ -94,7 +94,7 @@ def cases() -> list[Case]:
     """For each decay the default, then what differs from it in rule, shape or dtype, most under every decay."""
     everywhere: list[dict[str, Any]] = [
         {},
-        {"tokens": 4096},
+        {"tokens": 8192},
         {"preconditioner": None, "forget": False},
         {"preconditioner": Preconditioner(1.0, "beta_free", 0.0, math.inf), "forget": False},
         {"packed": True, "groups": 2},
