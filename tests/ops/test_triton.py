@@ -582,6 +582,8 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
     exact, allowed = bars(case, x)
     for name, configs in launch.CONFIGS.items():
         for n, config in enumerate(configs):
+            if "PROGRAMS" in config and dtype != torch.bfloat16:
+                continue  # not for fp32
             monkeypatch.setitem(launch.CONFIGS, name, [config])
             monkeypatch.setattr(launch, "_left", {})
             try:
