@@ -125,6 +125,9 @@ class _Call:
     def tokens(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.new(*self.k.shape[:2], *shape, dtype=dtype)
 
+    def segments(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.new(self.N * self.SPLIT, self.HV, *shape, dtype=dtype)
+
     def by_chunk(self, kernel: Any, **arguments: Any) -> None:
         cu, table, _ = self.tables
         self._launch(kernel, self.chunk_count * self.HV, arguments, cu_seqlens=cu, chunks=table)
@@ -219,7 +222,7 @@ class _Rule:
         x, the argument `begin` of the kernel, is what a sequence begins with; what each segment ends with is returned.
         """
         call, back = self.call, begin == "d_adj_end"
-        ends = call.new(call.N * call.SPLIT, call.HV, self.k.shape[3])
+        ends = call.segments(self.k.shape[3])
         arguments[end] = ends
         if maps is not None:
             call.by_segment(kernel, WALK=False, **arguments | {begin: None, "BOX": False})
@@ -241,7 +244,7 @@ class _Rule:
             e=call.tokens(HV),
             active=call.new(n, HV, dtype=torch.int32),
             last=call.new(call.N, HV, dtype=torch.int32),
-            maps=call.new(call.N * call.SPLIT, HV, K, K, dtype=call.stored) if call.SPLIT > 1 else None,
+            maps=call.segments(K, K, dtype=call.stored) if call.SPLIT > 1 else None,
             solve=call.new(n, HV, call.C, call.C, dtype=torch.float16 if small else torch.float32),
         )
 
@@ -341,13 +344,13 @@ class _Delta:
         self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, S: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """o, S at the end, and what is kept: S before segments and their maps transposed, T, P, w and scales."""
-        call, HV, K, V = self.call, self.call.HV, self.k.shape[3], self.call.V
+        call, K, V = self.call, self.k.shape[3], self.call.V
         intra = self.intra(rq, rk, path)
-        o, ends = torch.empty_like(self.v), call.new(call.N * call.SPLIT, HV, K, V)
+        o, ends = torch.empty_like(self.v), call.segments(K, V)
         pass_on = partial(self.pass_on, self.read(rq, rk, intra))
         starts = maps_T = None
         if call.SPLIT > 1:
-            maps, maps_T = (call.new(call.N * call.SPLIT, HV, K, K, dtype=x) for x in (torch.float32, call.stored))
+            maps, maps_T = call.segments(K, K), call.segments(K, K, dtype=call.stored)
             pass_on(S_end=ends, S_map=maps, S_map_T=maps_T)
             S = starts = call.chain(maps, ends, S, back=False)
         pass_on(S_0=S, o=o, S_end=ends)
@@ -365,7 +368,7 @@ class _Delta:
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
         self.pass_on(read, S_0=S if starts is None else starts, states=states, U=U)
         back = partial(call.by_segment, delta.delta_inter_bwd_kernel, do=do, **read)
-        first = call.new(call.N * call.SPLIT, HV, K, V)
+        first = call.segments(K, V)
         if maps_T is not None:
             back(dS_end=None, dB=None, dstates=None, dS_0=first)
             dS_end = call.chain(maps_T, first, dS_end, back=True)
@@ -436,8 +439,8 @@ def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, s
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
     call = parts.call
     HV, K, V = call.HV, k.shape[3], v.shape[3]
-    new = partial(call.new, call.N * call.SPLIT, HV, K)
-    starts, maps = (new(V), new(K, dtype=call.stored)) if call.SPLIT > 1 else (None, None)
+    starts = call.segments(K, V) if call.SPLIT > 1 else None
+    maps = call.segments(K, K, dtype=call.stored) if call.SPLIT > 1 else None
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if parts.rule is None else parts.rule.empty_path()
     d_end = None if d is None else torch.empty_like(d)

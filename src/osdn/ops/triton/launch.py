@@ -118,7 +118,7 @@ def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> N
         _left[key] = configs(name, arguments, capability(device))
     while True:
         left = _left[key]
-        enough = (c for c in left[:-1] if grid({**arguments, **c})[0] >= c.get("PROGRAMS", 0))
+        enough = (c for c in left[:-1] if "PROGRAMS" not in c or grid({**arguments, **c})[0] >= c["PROGRAMS"])
         config = next(enough, left[-1])
         try:
             with on(device):

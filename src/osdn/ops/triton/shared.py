@@ -169,7 +169,7 @@ def chain_kernel(
     would grow from segment to segment. steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
-    # All of M in three terms of tf32 would not fit in registers.
+    # All of E in three terms of tf32 would not fit in registers.
     BR: tl.constexpr = BK if BK <= 32 or (BK <= 128 and PRECISION == "tf32") else 32
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
@@ -198,6 +198,6 @@ def chain_kernel(
         if BR < BK:
             tl.debug_barrier()
             y = tl.load(after + entries, inside, 0.0)
-            tl.debug_barrier()
+            tl.debug_barrier()  # before it is overwritten
         x += y
         tl.store(after + entries, x, inside)
