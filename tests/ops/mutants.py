@@ -149,7 +149,9 @@ def mutate_kernels(name: str | None, folder: Path) -> ModuleType:
 # Of the Triton kernels, by file; caught by the definition.
 KERNEL_MUTANTS = {
     "read with the write key": ("delta", "A = tl.dot(kr, wt,", "A = tl.dot(wn.to(DT), wt,"),
-    "write with the read key": ("delta", "wn = D * kn", "wn = kn"),
+    "write with the read key": ("delta", "wn = D * (kr32 * nk[:, None])", "wn = kr32 * nk[:, None]"),
+    "steps of keys half normalised": ("delta", "errors = eta * nk * nk *", "errors = eta * nk *"),
+    "inverse of the wrong half": ("shared", "tl.dot(tl.dot(second, B", "tl.dot(tl.dot(first, B"),
     "residual on the undecayed state": ("delta", "fk *= upto", "fk *= 1.0"),
     "state undecayed": ("delta", " S *= kept[:, None]", " S *= 1.0"),
     "state of a channel undecayed": (

@@ -439,12 +439,14 @@ def test_refuses_cpu_tensors(monkeypatch):
         osdn.precondition(q, None, preconditioner=osdn.Preconditioner(), initial_d=q[:, 0], backend="triton")
 
 
-# Without a box, clipped at one end, at both, and early, all but one in segments: they run every line a mutant changes.
+# Without a box, clipped at one end, at both, and early, all but two in segments; a whole chunk, its keys normalised. They
+# run every line a mutant changes.
 DISCRIMINATING = [
     Case(T=20, B=1, H=1, K=8, decay="scalar", forget=True, feedback="beta_aware", box=NONE, chunk_size=16),
     Case(T=16, B=1, H=1, K=8, decay="channel", forget=True, box=(-math.inf, 1.0), chunk_size=16),
     SEGMENTED[0],
     PARTLY,
+    Case(T=50, B=1, H=1, K=8, forget=True, qk_l2norm=True, box=NONE, chunk_size=64, eta=4.0),
 ]
 
 
@@ -583,7 +585,7 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
     exact, allowed = bars(case, x)
     for name, configs in launch.CONFIGS.items():
         for n, config in enumerate(configs):
-            if "PROGRAMS" in config and dtype != torch.bfloat16:
+            if dtype != torch.bfloat16 and not {"PROGRAMS", "FULL"}.isdisjoint(config):
                 continue  # not for fp32
             monkeypatch.setitem(launch.CONFIGS, name, [config])
             monkeypatch.setattr(launch, "_left", {})
@@ -610,6 +612,16 @@ def test_blocks_are_as_wide_as_what_they_split():
 
     maps = (configs("precondition_map_kernel", {"K": K, "BK": max(16, K)}, since=90)[0]["BV"] for K in (8, 128))
     assert list(maps) == [16, 64]
+
+
+def test_operands_that_take_more_registers_have_narrower_blocks():
+    import triton.language as tl
+
+    from osdn.ops.triton.launch import configs
+
+    for K, DT, block in ((128, tl.bfloat16, 128), (100, tl.bfloat16, 16), (128, tl.float32, 16)):
+        arguments = {"K": K, "BK": 128, "DT": DT, "DECAY": 0}
+        assert configs("delta_intra_bwd_kernel", arguments, since=90)[0]["BB"] == block
 
 
 def test_configs_follow_the_number_of_programs_and_what_the_device_refuses(monkeypatch):

@@ -100,12 +100,12 @@ def cases() -> list[Case]:
         {"packed": True, "groups": 2},
         {"K": 64, "V": 64},
         {"dtype": torch.float32},
+        {"K": 100, "V": 60},
         {"K": 256, "V": 256},
     ]
     once: list[dict[str, Any]] = [
         {"preconditioner": Preconditioner(1.0, "beta_free", -math.inf, math.inf), "forget": False},
         {"preconditioner": Preconditioner(1.0, "beta_aware", 0.0, 2.0, normalize_step=True), "qk_l2norm": False},
-        {"K": 100, "V": 60},
         {"chunk_size": 16},
         {"gates": torch.bfloat16},
         {"dtype": torch.float16},

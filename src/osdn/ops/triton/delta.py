@@ -133,6 +133,7 @@ def delta_intra_fwd_kernel(
     if PRECONDITIONED:
         R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
         R = R.to(DT)
+        errors = eta * nk * nk * per_token(e, first, end, h, HV, C)
         if BOX:
             fired = tl.load(active + c * HV + h) > 0
     A = tl.zeros([C, C], tl.float32)
@@ -143,16 +144,18 @@ def delta_intra_fwd_kernel(
         i = at + tl.arange(0, BB)
         kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
         qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
-        kn = kr.to(tl.float32) * nk[:, None]
-        wn = kn
+        kr32 = kr.to(tl.float32)
         if PRECONDITIONED:
             start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+            # Norms as factors of rows, so that normalised keys hold no registers meanwhile.
             D, _inside = path(
-                R, G, k, rk if L2NORM else None, forget, e, start, kn * kn, first, end, h, fired, eta, d_min, d_max,
-                H, HV, K, C, BB, FORGET, DT, PRECISION, at,
+                R, G, k, rk if L2NORM else None, forget, e, errors, start, kr32 * kr32, first, end, h, fired, eta,
+                d_min, d_max, H, HV, K, C, BB, FORGET, DT, PRECISION, at,
             )  # fmt: skip
-            wn = D * kn
+            wn = D * (kr32 * nk[:, None])
             store_rows(w, wn, first, end, h, HV, K, C, BB, at)
+        else:
+            wn = kr32 * nk[:, None]
         if DECAY == 2:
             x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
             diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
@@ -192,7 +195,7 @@ def delta_intra_fwd_kernel(
     PP *= (scale * nq)[:, None]
     square = (c * HV + h) * C * C + r[:, None] * C + r[None, :]
     tl.store(P + square, below(PP, C, True).to(P.dtype.element_ty))
-    tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION).to(T.dtype.element_ty))
+    tl.store(T + square, invert(below(A, C, False), C, LEVELS, PRECISION, JOIN=False).to(T.dtype.element_ty))
 
 
 @triton.jit
@@ -456,6 +459,7 @@ def delta_intra_bwd_kernel(
         qr = rows(q, first, end, hk, H, K, C, BB).to(DT)
         if PRECONDITIONED:
             wd = rows(w, first, end, h, HV, K, C, BB).to(DT)
+    vr = rows(v, first, end, h, HV, V, C, BV)  # one block ahead of its use
     for bv in range(0, NV):
         Ud = rows(U, first, end, h, HV, V, C, BV, bv * BV).to(DT)
         dBd = rows(dB, first, end, h, HV, V, C, BV, bv * BV)
@@ -467,7 +471,8 @@ def delta_intra_bwd_kernel(
                 dod, dBd.to(DT), Ud, states, dstates, tl.arange(0, BB), bv * BV + tl.arange(0, BV), dqa, dka, dwa,
                 ended, K, V, DECAY, DT, PRECISION,
             )  # fmt: skip
-        db += tl.sum(dBd.to(tl.float32) * rows(v, first, end, h, HV, V, C, BV, bv * BV).to(tl.float32), 1)
+        db += tl.sum(dBd.to(tl.float32) * vr.to(tl.float32), 1)
+        vr = rows(v, first, end, h, HV, V, C, BV, (bv + 1) * BV)
         store_rows(dv, dBd.to(tl.float32) * b[:, None], first, end, h, HV, V, C, BV, bv * BV)
     dP = below(dP, C, True) * scale
     dA = -below(dA, C, False)

@@ -23,7 +23,8 @@ Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
 # By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
-# PROGRAMS: from how many on, as wider blocks make fewer; on Hopper, with bf16 and K from 65 to 128, as tests ran it.
+# FULL: for operands of bf16 that fill their blocks, as others take more registers. PROGRAMS: from how many on, as wider
+# blocks make fewer; on Hopper, with bf16 and K from 65 to 128, as tests ran it.
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
@@ -42,8 +43,15 @@ CONFIGS: dict[str, list[Config]] = {
     "precondition_local_kernel": [{"BB": 64, "num_warps": 4, "maxnreg": 128, "SINCE": 90}, {"BB": 64, "num_warps": 4}],
     "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
-    "delta_intra_fwd_kernel": [{"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90}, {"BB": 128, "num_warps": 4}],
-    "delta_intra_fwd_kernel, DECAY = 2": [{"BB": 32, "num_warps": 2, "SINCE": 90}, {"BB": 16, "num_warps": 4}],
+    "delta_intra_fwd_kernel": [
+        {"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90, "FULL": 1},
+        {"BB": 128, "num_warps": 4, "FULL": 1},
+        {"BB": 32, "num_warps": 4},
+    ],
+    "delta_intra_fwd_kernel, DECAY = 2": [
+        {"BB": 32, "num_warps": 2, "SINCE": 90, "FULL": 1},
+        {"BB": 16, "num_warps": 4},
+    ],
     "delta_channels_kernel": [{"BB": 32, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
         {"BV": 128, "num_warps": 8, "STAGES": 3, "SINCE": 90, "PROGRAMS": 128},
@@ -59,16 +67,18 @@ CONFIGS: dict[str, list[Config]] = {
         {"BV": 16, "num_warps": 4, "STAGES": 2},
     ],
     "delta_intra_bwd_kernel": [
-        {"BB": 128, "BV": 64, "num_warps": 8, "SINCE": 90},
-        {"BB": 32, "BV": 32, "num_warps": 8},
+        {"BB": 128, "BV": 32, "num_warps": 8, "SINCE": 90, "FULL": 1},
+        {"BB": 32, "BV": 32, "num_warps": 8, "FULL": 1},
+        {"BB": 16, "BV": 16, "num_warps": 4},
     ],
     "delta_intra_bwd_kernel, DECAY = 1": [
-        {"BB": 32, "BV": 64, "num_warps": 4, "num_stages": 2, "SINCE": 90},
-        {"BB": 16, "BV": 32, "num_warps": 8},
+        {"BB": 32, "BV": 64, "num_warps": 4, "SINCE": 90, "FULL": 1},
+        {"BB": 16, "BV": 32, "num_warps": 8, "FULL": 1},
+        {"BB": 16, "BV": 16, "num_warps": 4},
     ],
     "delta_intra_bwd_kernel, DECAY = 2": [
-        {"BB": 16, "BV": 32, "num_warps": 2, "SINCE": 90},
-        {"BB": 16, "BV": 64, "num_warps": 4},
+        {"BB": 16, "BV": 32, "num_warps": 2, "SINCE": 90, "FULL": 1},
+        {"BB": 16, "BV": 64, "num_warps": 4, "FULL": 1},
         {"BB": 16, "BV": 16, "num_warps": 4},
     ],
 }
@@ -95,11 +105,14 @@ def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     widest = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}
     if BK < 64:  # products of few columns by two groups of warps read out of bounds
         widest["num_warps"] = 4
-    wide = since == 90 and BK == 128 and widest["BV"] >= 128 and arguments.get("DT") is not tl.float32
+    narrow = arguments.get("DT") is not tl.float32
+    unfit = set() if narrow and arguments["K"] == BK else {"FULL"}
+    if since != 90 or BK != 128 or widest["BV"] < 128 or not narrow:
+        unfit.add("PROGRAMS")
     return [
-        {n: min(x, widest.get(n, x)) for n, x in config.items() if n != "SINCE"}
+        {n: min(x, widest.get(n, x)) for n, x in config.items() if n not in ("SINCE", "FULL")}
         for config in found
-        if config.get("SINCE", 0) <= since and (wide or "PROGRAMS" not in config)
+        if config.get("SINCE", 0) <= since and unfit.isdisjoint(config)
     ]
 
 

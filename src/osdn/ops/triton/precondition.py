@@ -32,12 +32,18 @@ from osdn.ops.triton.shared import (
 
 
 @triton.jit
-def feedback(beta, n, first, end, h, heads, C: tl.constexpr, AWARE: tl.constexpr, NORMALIZE: tl.constexpr):
-    """c1, c2 [C] of e = c1 - c2 <d, s>, from n = sum s."""
+def strengths(beta, first, end, h, heads, C: tl.constexpr, AWARE: tl.constexpr):
+    """[C] beta, or 1 where the feedback does not know it."""
     if AWARE:
         b = per_token(beta, first, end, h, heads, C)
     else:
         b = tl.full([C], 1.0, tl.float32)
+    return b
+
+
+@triton.jit
+def feedback(b, n, NORMALIZE: tl.constexpr):
+    """c1, c2 [C] of e = c1 - c2 <d, s>, from n = sum s."""
     c1 = b
     c2 = b * b
     if NORMALIZE:
@@ -127,17 +133,17 @@ def forgetting(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET:
 
 @triton.jit
 def path(
-    R, G, k, rk, forget, e, d, s, first, end, h, fired, eta, d_min, d_max,
+    R, G, k, rk, forget, e, errors, d, s, first, end, h, fired, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
 ):  # fmt: skip
-    """d_t [C, BK] from d before the chunk, R and G from `forgetting`; `inside` is all ones where no clip fired."""
+    """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`;
+    `inside` is all ones where no clip fired."""
     inside = tl.full([BK], -1, tl.int64)
     if fired:
         D, inside = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
     else:
-        s *= (eta * per_token(e, first, end, h, HV, C))[:, None]
-        D = G[:, None] * d[None, :] + tl.dot(R.to(DT), s.to(DT), input_precision=PRECISION)
+        D = G[:, None] * d[None, :] + tl.dot(R.to(DT), (s * errors[:, None]).to(DT), input_precision=PRECISION)
     return D, inside
 
 
@@ -175,7 +181,7 @@ def precondition_solve_kernel(
         else:
             r = per_token(rk, first, end, hk, H, C)
         r2 = r * r
-    c1, c2 = feedback(beta, n * r2, first, end, h, HV, C, AWARE, NORMALIZE)
+    c1, c2 = feedback(strengths(beta, first, end, h, HV, C, AWARE), n * r2, NORMALIZE)
     weights = (eta * c2 * r2)[:, None] * r2[None, :]
     at = factors + (c * HV + h) * 5 * C + i
     tl.store(at, c1)
@@ -188,7 +194,7 @@ def precondition_solve_kernel(
         tl.store(at + 4 * C, tl.zeros([C], tl.float32) + kept)
     tl.store(at + C, r2 * c2)
     if SOLVE:
-        M = invert(below(L * weights, C, False), C, LEVELS, PRECISION)
+        M = invert(below(L * weights, C, False), C, LEVELS, PRECISION, JOIN=True)
         tl.store(solve + (c * HV + h) * C * C + i[:, None] * C + i[None, :], M.to(solve.dtype.element_ty))
 
 
@@ -362,8 +368,9 @@ def precondition_expand_kernel(
     if BOX:
         fired = tl.load(active + c * HV + h) > 0
     R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    errors = eta * per_token(e, first, end, h, HV, C)
     D, _inside = path(
-        R, G, k, rk, forget, e, start, x * x, first, end, h, fired, eta, d_min, d_max,
+        R, G, k, rk, forget, e, errors, start, x * x, first, end, h, fired, eta, d_min, d_max,
         H, HV, K, C, BK, FORGET, tl.float32, PRECISION,
     )  # fmt: skip
     store_rows(d, D, first, end, h, HV, K, C, BK)
@@ -498,25 +505,30 @@ def precondition_grads_kernel(
     j = tl.arange(0, C)
     t = first + j
     row = (c * HV + h) * K + i
-    # All that is read comes first: each wait for memory behind a branch would be one more.
+    # All that is read comes first, to be waited for once; decays are computed meanwhile.
     start = tl.load(starts + row, i < K, 0.0)
     adj = tl.load(adj_ends + row, i < K, 0.0)
     fired = False
     if BOX:
         fired = tl.load(active + c * HV + h) > 0
-    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    kr = rows(k, first, end, h // (HV // H), H, K, C, BK)
+    nk = tl.full([C], 1.0, tl.float32)
+    if rk is not None:
+        nk = per_token(rk, first, end, h // (HV // H), H, C)
     dw = rows(a, first, end, h, HV, K, C, BK)
     if OF_WRITE_KEY:
         rest = rows(dk_rest, first, end, h, HV, K, C, BK)
         db = per_token(dbeta_rest, first, end, h, HV, C) if AWARE else None
-    errors = per_token(e, first, end, h, HV, C)
+    b = strengths(beta, first, end, h, HV, C, AWARE)
+    errors = eta * per_token(e, first, end, h, HV, C)
     ps = eta * per_token(p, first, end, h, HV, C)
     R, G, behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
     R = R.to(DT)
+    x = kr.to(tl.float32) * nk[:, None]
     s = x * x
-    c1, c2 = feedback(beta, tl.sum(s, 1), first, end, h, HV, C, AWARE, NORMALIZE)
+    c1, c2 = feedback(b, tl.sum(s, 1), NORMALIZE)
     D, inside = path(
-        R, G, k, rk, forget, e, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
+        R, G, k, rk, forget, e, errors, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
         PRECISION,
     )  # fmt: skip
     y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
@@ -533,7 +545,7 @@ def precondition_grads_kernel(
             adj = tl.where(live, tl.sum(tl.where(j[:, None] == v, z, 0.0), 0) + through, adj)
     else:
         U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
-    ds = (eta * errors)[:, None] * U - (c2 * ps)[:, None] * D
+    ds = errors[:, None] * U - (c2 * ps)[:, None] * D
     dc1 = ps
     dc2 = -ps * tl.sum(D * s, 1)
     if NORMALIZE:
@@ -545,10 +557,10 @@ def precondition_grads_kernel(
     if OF_WRITE_KEY:
         dx += D * dw.to(tl.float32) + rest.to(tl.float32)
     if rk is not None:
-        dx = (dx - x * tl.sum(x * dx, 1)[:, None]) * per_token(rk, first, end, h // (HV // H), H, C)[:, None]
+        dx = (dx - x * tl.sum(x * dx, 1)[:, None]) * nk[:, None]
     store_rows(dk, dx, first, end, h, HV, K, C, BK)
     if AWARE:
-        change = dc1 + 2.0 * per_token(beta, first, end, h, HV, C) * dc2
+        change = dc1 + 2.0 * b * dc2
         if OF_WRITE_KEY:
             change += db
         tl.store(dbeta + t * HV + h, change, t < end)

@@ -131,12 +131,34 @@ def widen(X, N: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def join(A, X, C: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr):
+    """Of the inverses X [C / L, L, L] of the diagonal blocks of I + A, those of blocks twice as long."""
+    N: tl.constexpr = C // (2 * L)
+    half = tl.arange(0, 2)
+    upper = half[None, :, None, None] == 0
+    pair = tl.reshape(X, [N, 2, L, L])
+    first = tl.sum(tl.where(upper, pair, 0.0), 1)
+    second = tl.sum(tl.where(upper, 0.0, pair), 1)
+    corner = ((half[:, None, None, None] == 1) & (half[None, None, :, None] == 0))[None, :, :, :, :]
+    B = tl.reshape(diagonal(A, C, 2 * L) if N > 1 else A, [N, 2, L, 2, L])
+    B = tl.sum(tl.sum(tl.where(corner, B, 0.0), 3), 1)
+    if N == 1:  # a batch of one would be computed by each warp anew
+        first = tl.reshape(first, [L, L])
+        second = tl.reshape(second, [L, L])
+        B = tl.reshape(B, [L, L])
+    Y = tl.dot(tl.dot(second, B, input_precision=PRECISION), first, input_precision=PRECISION)
+    Y = tl.where(corner, tl.reshape(Y, [N, 1, L, 1, L]), 0.0)
+    return widen(X, 2 * N, L) - tl.reshape(Y, [N, 2 * L, 2 * L])
+
+
+@triton.jit
+def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, JOIN: tl.constexpr):
     """(I + A)^-1 for A [C, C] strictly below the diagonal, C = 2^LEVELS >= 16.
 
     By doubling: with X the inverse of the diagonal blocks of length h and B the part of A between the halves of the
     blocks of length 2h, X - X B X is the inverse of the latter. Every X is an inverse of blocks of I + A, so nothing
-    grows that is not large in the result.
+    grows that is not large in the result. JOIN: from h = 16 on without what is 0 in these products, an eighth of the
+    operations, which pays where no other warp waits for the pieces.
     """
     i = tl.arange(0, 16)[None, :, None]
     j = tl.arange(0, 16)[None, None, :]
@@ -146,15 +168,18 @@ def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
         B = tl.where(((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) != (j >> level)), blocks, 0.0)
         X -= tl.dot(tl.dot(X, B, input_precision=PRECISION), X, input_precision=PRECISION)
     for level in tl.static_range(4, LEVELS):
-        X = widen(X, C >> level, 1 << level)
-        r = tl.arange(0, 2 << level)
-        halves = (r[:, None] >= (1 << level)) & (r[None, :] < (1 << level))
-        if 2 << level == C:  # a batch of one would be computed by each warp anew
-            X = tl.reshape(X, [C, C])
-            B = tl.where(halves, A, 0.0)
+        if JOIN:
+            X = join(A, X, C, 1 << level, PRECISION)
         else:
-            B = tl.where(halves[None, :, :], diagonal(A, C, 2 << level), 0.0)
-        X -= tl.dot(tl.dot(X, B, input_precision=PRECISION), X, input_precision=PRECISION)
+            X = widen(X, C >> level, 1 << level)
+            r = tl.arange(0, 2 << level)
+            halves = (r[:, None] >= (1 << level)) & (r[None, :] < (1 << level))
+            if 2 << level == C:  # as in `join`
+                X = tl.reshape(X, [C, C])
+                B = tl.where(halves, A, 0.0)
+            else:
+                B = tl.where(halves[None, :, :], diagonal(A, C, 2 << level), 0.0)
+            X -= tl.dot(tl.dot(X, B, input_precision=PRECISION), X, input_precision=PRECISION)
     return tl.reshape(X, [C, C])
 
 
