@@ -94,7 +94,7 @@ def cases() -> list[Case]:
     """For each decay the default, then what differs from it in rule, shape or dtype, most under every decay."""
     everywhere: list[dict[str, Any]] = [
         {},
-        {"tokens": 8192},
+        {"tokens": 16384},
         {"preconditioner": None, "forget": False},
         {"preconditioner": Preconditioner(1.0, "beta_free", 0.0, math.inf), "forget": False},
         {"packed": True, "groups": 2},
@@ -173,7 +173,8 @@ class Launch:
 
 def launches(name: str) -> list[Launch]:
     """Those of all cases, with CPU tensors taken for those of a target, since host code asks."""
-    from osdn.ops.triton import function, launch
+    from osdn.ops.triton import call as calls
+    from osdn.ops.triton import launch
 
     found, hip = [], TARGETS[name].backend == "hip"
     since = 0 if hip else int(TARGETS[name].arch)
@@ -187,7 +188,7 @@ def launches(name: str) -> list[Launch]:
             patch.object(launch, "_run", record),
             patch.object(dispatch, "why_not_triton", lambda _: ""),
             patch.object(torch.version, "hip", "any" if hip else None),
-            patch.object(function, "capability", lambda _: since),
+            patch.object(calls, "capability", lambda _: since),
         ):
             call(case)
     return found

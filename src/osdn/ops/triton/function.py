@@ -12,164 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from osdn.ops.options import Preconditioner
 from osdn.ops.triton import delta
 from osdn.ops.triton import precondition as kernels
-from osdn.ops.triton.launch import capability, launch
-from osdn.ops.triton.shared import chain_kernel
-
-INTERPRETED = triton.knobs.runtime.interpret
-PROGRAMS = 128
-"""Programs of a pass over chunks, up to which sequences are split: about the processors of a GPU."""
-CROWD = 2
-"""Programs of a pass of d that a processor takes side by side."""
-SEGMENT = 8
-"""Tokens for each channel of a key or value that a segment has at least: in bf16, a tenth of what is kept is then of
-segments."""
-SEGMENTS = 4
-"""Fewer (times CROWD) would save less than their maps cost."""
-_OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
-"""Kernels whose programs have a block of columns each."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Shapes and constants of a call, common to its kernels."""
-
-    k: Tensor
-    HV: int
-    V: int
-    cu_seqlens: Tensor | None
-    chunk_size: int
-    crowd: int = 1
-    """Programs of a pass over chunks that a processor takes side by side."""
-
-    def of_d(self) -> _Call:
-        """The same for the passes of d, a vector: they wait for little but their own last step."""
-        call = replace(self, crowd=CROWD)
-        vars(call)["tables"] = self.tables  # made once
-        return call
-
-    @cached_property
-    def C(self) -> int:
-        # Before Hopper (and on AMD's) products take their operands and sums from registers.
-        small = self.BK > 128 or (self.BK > 64 and self.DT is tl.float32) or capability(self.k.device) < 90
-        return max(16, min(self.chunk_size, 32 if small else 64))
-
-    @cached_property
-    def BK(self) -> int:
-        return max(16, 1 << (self.k.shape[3] - 1).bit_length())
-
-    @cached_property
-    def DT(self) -> Any:
-        # The interpreter multiplies in numpy, which has no bf16. fp16 has too short a range for decays.
-        return tl.bfloat16 if self.k.dtype == torch.bfloat16 and not INTERPRETED else tl.float32
-
-    @cached_property
-    def stored(self) -> torch.dtype:
-        """Of what stands for an operand of a product."""
-        return torch.bfloat16 if self.k.dtype == torch.bfloat16 else torch.float32
-
-    @cached_property
-    def EXACT(self) -> str:
-        return "ieee" if torch.version.hip or INTERPRETED else "tf32x3"
-
-    @cached_property
-    def PRECISION(self) -> str:
-        """Of products whose operands stay in float32."""
-        return "tf32" if self.stored == torch.bfloat16 and self.EXACT == "tf32x3" else self.EXACT
-
-    @cached_property
-    def N(self) -> int:
-        return len(self.k) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-
-    @cached_property
-    def chunk_count(self) -> int:
-        """An upper bound where sequences are packed: their lengths are on the device."""
-        B, T = self.k.shape[:2]
-        return B * -(-T // self.C) if self.cu_seqlens is None else T // self.C + self.N
-
-    @cached_property
-    def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """cu_seqlens on the device, (sequence, chunk in it) of each chunk or (-1, .), first chunk of each sequence."""
-        if self.cu_seqlens is None:
-            return None, None, None
-        cu = self.cu_seqlens.to(self.k.device, torch.int64).contiguous()
-        ends = cu.diff().add(self.C - 1).div(self.C, rounding_mode="floor").cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends])
-        index = torch.arange(self.chunk_count, device=cu.device)
-        n = torch.searchsorted(ends, index, right=True)
-        inside = index - starts[n]
-        return cu, torch.stack([torch.where(index < ends[-1], n, -1), inside], 1).contiguous(), starts
-
-    @cached_property
-    def SPLIT(self) -> int:
-        """Segments, worked on side by side, that each sequence is cut into where there are few of these and heads."""
-        split, chunks = 1, self.chunk_count // self.N
-        least = -(-SEGMENT * max(self.k.shape[3], self.V) // self.C)
-        while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * least:
-            split *= 2
-        return split if split >= self.crowd * SEGMENTS else 1
-
-    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.k.device)
-
-    def tokens(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.new(*self.k.shape[:2], *shape, dtype=dtype)
-
-    def segments(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.new(self.N * self.SPLIT, self.HV, *shape, dtype=dtype)
-
-    def by_chunk(self, kernel: Any, **arguments: Any) -> None:
-        cu, table, _ = self.tables
-        self._launch(kernel, self.chunk_count * self.HV, arguments, cu_seqlens=cu, chunks=table)
-
-    def by_segment(self, kernel: Any, **arguments: Any) -> None:
-        cu, _, first = self.tables
-        programs = self.N * self.HV * (1 if arguments.get("WALK") else self.SPLIT)
-        self._launch(kernel, programs, arguments, cu_seqlens=cu, first_chunk=first)
-
-    def of_sequences(self, x: Tensor, segment: int) -> Tensor:
-        """Of what each segment has, the first's or last's; of a single sequence no view, which would keep all alive."""
-        if self.SPLIT == 1:
-            return x
-        return x.unflatten(0, (self.N, self.SPLIT))[:, segment].clone(memory_format=torch.contiguous_format)
-
-    def chain(self, maps: Tensor, steps: Tensor, x_0: Tensor | None, back: bool) -> Tensor:
-        """x before each segment (behind it, where back, with maps transposed) from what the segments do to it."""
-        starts = torch.empty_like(steps)
-        width = steps.shape[3] if steps.ndim == 4 else 1
-        self._launch(
-            chain_kernel, self.N * self.HV,
-            {"maps": maps, "steps": steps, "x_0": x_0, "starts": starts, "BACK": back, "V": width},
-        )  # fmt: skip
-        return starts
-
-    @cached_property
-    def constants(self) -> dict[str, Any]:
-        return {
-            "tokens": self.k.shape[1], "H": self.k.shape[2], "HV": self.HV, "K": self.k.shape[3], "V": self.V,
-            "BK": self.BK, "C": self.C, "LEVELS": self.C.bit_length() - 1, "PACKED": self.cu_seqlens is not None,
-            "SPLIT": self.SPLIT, "DT": self.DT, "PRECISION": self.PRECISION, "EXACT": self.EXACT,
-        }  # fmt: skip
-
-    def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], **tables: Tensor | None) -> None:
-        everything = {**self.constants, **tables, **arguments}
-        takes = {name: everything[name] for name in kernel.arg_names if name in everything}
-
-        def grid(meta: dict[str, Any]) -> tuple[int]:
-            columns = meta.get("V", meta["K"]) + (meta["K"] if meta.get("S_map") is not None else 0)
-            return (programs * (-(-columns // meta["BV"]) if kernel in _OVER_V else 1),)
-
-        launch(kernel, grid, self.k.device, **takes)
+from osdn.ops.triton.call import Call
 
 
 @dataclass(frozen=True)
@@ -189,7 +42,7 @@ class _Path:
 class _Rule:
     """The preconditioner's part of a call."""
 
-    call: _Call
+    call: Call
     k: Tensor
     beta: Tensor | None
     forget: Tensor | None
@@ -285,7 +138,7 @@ class _Rule:
 class _Delta:
     """The delta rule's part of a call."""
 
-    call: _Call
+    call: Call
     q: Tensor
     k: Tensor
     v: Tensor
@@ -398,8 +251,8 @@ def _parts(
     return _Delta(call, q, k, v, beta, g, own, l2norm, scale)
 
 
-def _call(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int) -> _Call:
-    call = _Call(k, v.shape[2], v.shape[3], cu_seqlens, chunk_size)
+def _call(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int) -> Call:
+    call = Call(k, v.shape[2], v.shape[3], cu_seqlens, chunk_size)
     if g is None or g.ndim < 4:
         return call
     # A decay per channel is worked into the products, for which longer chunks have too few registers.
@@ -478,7 +331,7 @@ def _delta_rule_backward_fake(do, dS, dd, q, k, v, beta, g, forget, S, d, *_):  
 
 
 def _alone(k: Tensor, beta: Tensor | None, forget: Tensor | None, cu: Tensor | None, rule: list[float]) -> _Rule:
-    return _Rule(_Call(k, k.shape[2], 1, cu, 64).of_d(), k, beta, forget, _preconditioner(rule), False)
+    return _Rule(Call(k, k.shape[2], 1, cu, 64).of_d(), k, beta, forget, _preconditioner(rule), False)
 
 
 def _precondition(
