@@ -441,7 +441,7 @@ def test_refuses_cpu_tensors(monkeypatch):
         osdn.precondition(q, None, preconditioner=osdn.Preconditioner(), initial_d=q[:, 0], backend="triton")
 
 
-# Without a box, clipped at one end, at both, and early, all but one in segments; and a whole chunk, its keys normalised.
+# Without a box, clipped at one end, at both, and early, all but one in segments; and a whole chunk, keys normalised.
 # They run every line a mutant changes.
 DISCRIMINATING = [
     Case(T=20, B=1, H=1, K=8, decay="scalar", forget=True, feedback="beta_aware", box=NONE, chunk_size=16),
@@ -587,7 +587,7 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
     exact, allowed = bars(case, x)
     for name, configs in launch.CONFIGS.items():
         for n, config in enumerate(configs):
-            if dtype != torch.bfloat16 and not {"PROGRAMS", "FULL"}.isdisjoint(config):
+            if dtype != torch.bfloat16 and not {"PROGRAMS", "BF16", "FULL"}.isdisjoint(config):
                 continue  # not for fp32
             monkeypatch.setitem(launch.CONFIGS, name, [config])
             monkeypatch.setattr(launch, "_left", {})

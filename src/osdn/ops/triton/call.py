@@ -50,9 +50,10 @@ class Call:
 
     @cached_property
     def C(self) -> int:
-        # Before Hopper (and on AMD's) products take their operands and sums from registers.
-        small = self.BK > 128 or (self.BK > 64 and self.DT is tl.float32) or capability(self.k.device) < 90
-        return max(16, min(self.chunk_size, 32 if small else 64))
+        # Products of fp32, all before Hopper and those on AMD's take operands and sums from registers.
+        small = self.BK > 128 or capability(self.k.device) < 90
+        longest = 16 if self.DT is tl.float32 and self.BK > 64 else 32 if small else 64
+        return max(16, min(self.chunk_size, longest))
 
     @cached_property
     def BK(self) -> int:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from osdn.ops.options import Preconditioner
@@ -252,12 +251,9 @@ def _parts(
 
 
 def _call(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int) -> Call:
-    call = Call(k, v.shape[2], v.shape[3], cu_seqlens, chunk_size)
-    if g is None or g.ndim < 4:
-        return call
-    # A decay per channel is worked into the products, for which longer chunks have too few registers.
-    longest = 16 if call.BK > 64 and call.DT is tl.float32 else 32
-    return replace(call, chunk_size=min(chunk_size, longest))
+    # A decay per channel is worked into the products, for which chunks of 64 have too few registers.
+    longest = 32 if g is not None and g.ndim == 4 else 64
+    return Call(k, v.shape[2], v.shape[3], cu_seqlens, min(chunk_size, longest))
 
 
 def _numbers(p: Preconditioner) -> list[float]:

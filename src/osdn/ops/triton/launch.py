@@ -22,13 +22,13 @@ from triton.runtime.errors import OutOfResources
 Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
-# By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE: from what capability on.
-# FULL: for operands of bf16 that fill their blocks, as others take more registers. PROGRAMS: from how many on, as wider
-# blocks make fewer; on Hopper, with bf16 and K from 65 to 128, as tests ran it.
+# By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE, BEFORE: for what capability.
+# BF16: for operands of bf16, as others take more registers; FULL: that fill their blocks, too. PROGRAMS: from how many
+# on, as wider blocks make fewer; on Hopper, with bf16 and K from 65 to 128, as tests ran it.
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
-    "precondition_check_kernel": [{"num_warps": 1}],
+    "precondition_check_kernel": [{"num_warps": 1, "BEFORE": 100}, {"num_warps": 4}],
     "precondition_map_kernel": [
         {"BV": 64, "num_warps": 4, "SINCE": 90},
         {"BV": 32, "num_warps": 4},
@@ -40,11 +40,14 @@ CONFIGS: dict[str, list[Config]] = {
         {"BV": 16, "num_warps": 4, "STAGES": 1},
     ],
     "precondition_expand_kernel": [{"num_warps": 4}],
-    "precondition_local_kernel": [{"BB": 64, "num_warps": 4, "maxnreg": 128, "SINCE": 90}, {"BB": 64, "num_warps": 4}],
+    "precondition_local_kernel": [
+        {"BB": 64, "num_warps": 4, "maxnreg": 128, "SINCE": 90, "FULL": 1},
+        {"BB": 64, "num_warps": 4},
+    ],
     "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
-    "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4}],
+    "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4, "BEFORE": 80}],
     "delta_intra_fwd_kernel": [
-        {"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90, "FULL": 1},
+        {"BB": 128, "num_warps": 4, "maxnreg": 200, "SINCE": 90, "FULL": 1},
         {"BB": 128, "num_warps": 4, "FULL": 1},
         {"BB": 32, "num_warps": 4},
     ],
@@ -55,15 +58,15 @@ CONFIGS: dict[str, list[Config]] = {
     "delta_channels_kernel": [{"BB": 32, "num_warps": 4}],
     "delta_inter_fwd_kernel": [
         {"BV": 128, "num_warps": 8, "STAGES": 3, "SINCE": 90, "PROGRAMS": 128},
-        {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90},
-        {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
-        {"BV": 32, "num_warps": 4, "STAGES": 2},
+        {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90, "BEFORE": 100, "BF16": 1},
+        {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90, "BEFORE": 100, "BF16": 1},
+        {"BV": 32, "num_warps": 4, "STAGES": 2, "BF16": 1},
         {"BV": 16, "num_warps": 4, "STAGES": 2},
     ],
     "delta_inter_bwd_kernel": [
-        {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90},
-        {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90},
-        {"BV": 32, "num_warps": 4, "STAGES": 2},
+        {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90, "BEFORE": 100, "BF16": 1},
+        {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90, "BEFORE": 100, "BF16": 1},
+        {"BV": 32, "num_warps": 4, "STAGES": 2, "BF16": 1},
         {"BV": 16, "num_warps": 4, "STAGES": 2},
     ],
     "delta_intra_bwd_kernel": [
@@ -82,6 +85,7 @@ CONFIGS: dict[str, list[Config]] = {
         {"BB": 16, "BV": 16, "num_warps": 4},
     ],
 }
+_CONDITIONS = ("SINCE", "BEFORE", "BF16", "FULL")
 
 _left: dict[tuple[Any, ...], list[Config]] = {}
 """Of what was launched, the configs that the device has not refused."""
@@ -105,14 +109,16 @@ def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     widest = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}
     if BK < 64:  # products of few columns by two groups of warps read out of bounds
         widest["num_warps"] = 4
-    narrow = arguments.get("DT") is not tl.float32
-    unfit = set() if narrow and arguments["K"] == BK else {"FULL"}
-    if since != 90 or BK != 128 or widest["BV"] < 128 or not narrow:
-        unfit.add("PROGRAMS")
+    bf16 = arguments.get("DT") is not tl.float32
+    fits = {
+        "BF16": bf16,
+        "FULL": bf16 and arguments["K"] == BK,
+        "PROGRAMS": bf16 and BK == 128 and widest["BV"] >= 128 and since == 90,
+    }
     return [
-        {n: min(x, widest.get(n, x)) for n, x in config.items() if n not in ("SINCE", "FULL")}
+        {n: min(x, widest.get(n, x)) for n, x in config.items() if n not in _CONDITIONS}
         for config in found
-        if config.get("SINCE", 0) <= since and unfit.isdisjoint(config)
+        if config.get("SINCE", 0) <= since < config.get("BEFORE", 1000) and all(map(fits.get, fits.keys() & config))
     ]
 
 
