@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
-# By kernel, or by kernel and decay; best first, the last one is meant to fit 64 KiB. SINCE, BEFORE: for what capability.
+# By kernel, or by kernel and decay; best first, the last one is to fit 64 KiB. SINCE, BEFORE: for what capability.
 # BF16: for operands of bf16, as others take more registers; FULL: that fill their blocks, too. PROGRAMS: from how many
 # on, as wider blocks make fewer; on Hopper, with bf16 and K from 65 to 128, as tests ran it.
 CONFIGS: dict[str, list[Config]] = {
