@@ -28,7 +28,7 @@ Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
-    "precondition_check_kernel": [{"num_warps": 1, "BEFORE": 100}, {"num_warps": 4}],
+    "precondition_check_kernel": [{"num_warps": 4}],
     "precondition_map_kernel": [
         {"BV": 64, "num_warps": 4, "SINCE": 90},
         {"BV": 32, "num_warps": 4},
@@ -47,7 +47,7 @@ CONFIGS: dict[str, list[Config]] = {
     "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4, "BEFORE": 80}],
     "delta_intra_fwd_kernel": [
-        {"BB": 128, "num_warps": 4, "maxnreg": 200, "SINCE": 90, "FULL": 1},
+        {"BB": 128, "num_warps": 4, "maxnreg": 200, "SINCE": 90, "BEFORE": 100, "FULL": 1},
         {"BB": 128, "num_warps": 4, "FULL": 1},
         {"BB": 32, "num_warps": 4},
     ],
