@@ -585,10 +585,13 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
     case = replace(WIDE, T=200, decay=decay)
     x = case.tensors(dtype)
     exact, allowed = bars(case, x)
+    since = launch.capability(torch.device(DEVICE))
     for name, configs in launch.CONFIGS.items():
         for n, config in enumerate(configs):
             if dtype != torch.bfloat16 and not {"PROGRAMS", "BF16", "FULL"}.isdisjoint(config):
                 continue  # not for fp32
+            if not launch.serves(config, since):
+                continue  # not for this GPU
             monkeypatch.setitem(launch.CONFIGS, name, [config])
             monkeypatch.setattr(launch, "_left", {})
             try:
@@ -616,14 +619,32 @@ def test_blocks_are_as_wide_as_what_they_split():
     assert list(maps) == [16, 64]
 
 
-def test_operands_that_take_more_registers_have_narrower_blocks():
+@pytest.mark.parametrize(
+    ("K", "dtype", "since", "blocks"),
+    [(128, "bfloat16", 90, (128, 64)), (100, "bfloat16", 90, (16, 64)), (128, "float32", 90, (16, 16)),
+     (128, "bfloat16", 100, (128, 32)), (128, "bfloat16", 80, (32, 32))],
+)  # fmt: skip
+def test_what_takes_more_registers_has_narrower_blocks(K, dtype, since, blocks):
     import triton.language as tl
 
     from osdn.ops.triton.launch import configs
 
-    for K, DT, block in ((128, tl.bfloat16, 128), (100, tl.bfloat16, 16), (128, tl.float32, 16)):
-        arguments = {"K": K, "BK": 128, "DT": DT, "DECAY": 0}
-        assert configs("delta_intra_bwd_kernel", arguments, since=90)[0]["BB"] == block
+    arguments = {"K": K, "V": K, "BK": 128, "DT": getattr(tl, dtype), "DECAY": 0}
+    intra, inter = (configs(f"delta_{n}_bwd_kernel", arguments, since)[0] for n in ("intra", "inter"))
+    assert (intra["BB"], inter["BV"]) == blocks
+
+
+@pytest.mark.parametrize(
+    ("K", "dtype", "capability", "chunk"),
+    [(128, torch.bfloat16, 90, 64), (64, torch.float32, 90, 64), (128, torch.bfloat16, 80, 32),
+     (256, torch.bfloat16, 90, 32), (65, torch.float32, 90, 16), (256, torch.float16, 90, 16)],
+)  # fmt: skip
+def test_what_takes_more_registers_has_shorter_chunks(K, dtype, capability, chunk, monkeypatch):
+    from osdn.ops.triton import call
+
+    monkeypatch.setattr(call, "INTERPRETED", False)
+    monkeypatch.setattr(call, "capability", lambda _: capability)
+    assert call.Call(torch.empty(1, 1, 1, K, dtype=dtype), 1, K, None, 64).C == chunk
 
 
 def test_configs_follow_the_number_of_programs_and_what_the_device_refuses(monkeypatch):

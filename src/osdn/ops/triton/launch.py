@@ -101,6 +101,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def serves(config: Config, since: int) -> bool:
+    """Whether a config is for devices of that capability."""
+    return config.get("SINCE", 0) <= since < config.get("BEFORE", 1000)
+
+
 def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
     found = CONFIGS.get(f"{name}, DECAY = {arguments.get('DECAY')}", CONFIGS[name])
@@ -118,7 +123,7 @@ def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     return [
         {n: min(x, widest.get(n, x)) for n, x in config.items() if n not in _CONDITIONS}
         for config in found
-        if config.get("SINCE", 0) <= since < config.get("BEFORE", 1000) and all(map(fits.get, fits.keys() & config))
+        if serves(config, since) and all(map(fits.get, fits.keys() & config))
     ]
 
 
