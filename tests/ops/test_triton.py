@@ -645,7 +645,7 @@ def test_what_takes_more_registers_has_shorter_chunks(K, dtype, capability, chun
     monkeypatch.setattr(call, "INTERPRETED", False)
     monkeypatch.setattr(call, "capability", lambda _: capability)
     found = call.Call(torch.empty(1, 1, 1, K, dtype=dtype), HV=1, V=K, cu_seqlens=None, chunk_size=64)
-    assert found.C == chunk
+    assert chunk == found.C
 
 
 def test_configs_follow_the_number_of_programs_and_what_the_device_refuses(monkeypatch):
