@@ -161,8 +161,8 @@ KERNEL_MUTANTS = {
     ),
     "output misses its own write": ("delta", "below(PP, C, True)", "below(PP, C, False)"),
     "decay of a write includes its own token": ("delta", "at = ((first + r + 1) * HV", "at = ((first + r) * HV"),
-    "adjoint of the state undecayed": ("delta", "dS *= kept[:, None]", "dS *= 1.0"),
-    "adjoint of the read without beta": ("delta", "(dBc * (b * fk)[:, None])", "(dBc * fk[:, None])"),
+    "adjoint of the state undecayed": ("delta", "dS *= tl.expand_dims(kept, ROW)", "dS *= 1.0"),
+    "adjoint of the read without beta": ("delta", "expand_dims(b * fk, ROW)", "expand_dims(fk, ROW)"),
     "adjoint of the own write dropped": ("delta", "dP = below(dP, C, True)", "dP = below(dP, C, False)"),
     "cotangent of the final state dropped": ("delta", "dS = tl.load(dS_end", "dS = 0.0 * tl.load(dS_end"),
     "gradient of the decay without the write": (
@@ -217,15 +217,12 @@ KERNEL_MUTANTS = {
     ),
     "d of segments on the way back by the map itself": (
         "precondition",
-        "maps_T + at + i[:, None] + u[None, :] * K",
-        "maps_T + at + i[:, None] * K + u[None, :]",
+        "maps_T + at + i[None, :] + u[:, None] * K",
+        "maps_T + at + i[None, :] * K + u[:, None]",
     ),
     "segments begin with what they alone make": ("shared", "        x += y\n", "        x = y\n"),
-    "segments pass on what they begin with unchanged": (
-        "shared",
-        " + tl.dot(E.to(tl.float32), x, input_precision=PRECISION)",
-        "",
-    ),
+    "segments pass on what S begins with unchanged": ("shared", "y = tl.dot(E", "y = 0.0 * tl.dot(E"),
+    "segments pass on what d begins with unchanged": ("shared", "y = tl.sum(E", "y = 0.0 * tl.sum(E"),
     "segment with a clip passed on": (
         "precondition",
         "walked - skipped, 0",

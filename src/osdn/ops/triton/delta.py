@@ -325,27 +325,44 @@ def delta_inter_fwd_kernel(
 
 
 @triton.jit
+def turned(x, TURNED: tl.constexpr):
+    return tl.trans(x) if TURNED else x
+
+
+@triton.jit
+def times(a, b, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """a b, or with b and the result transposed."""
+    if TURNED:
+        ab = tl.dot(b, tl.trans(a), input_precision=PRECISION)
+    else:
+        ab = tl.dot(a, b, input_precision=PRECISION)
+    return ab
+
+
+@triton.jit
 def delta_inter_bwd_kernel(
     q, k, w, beta, decay, scales, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, tokens,
     HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr,
-    SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """What is not None of: dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0 [N, HV, K, V].
 
-    dU = P^T dO + w dS, dB = T^T dU, dS <- Gamma dS + scale q^T dO - k^T (beta dB).
+    dU = P^T dO + w dS, dB = T^T dU, dS <- Gamma dS + scale q^T dO - k^T (beta dB). TURNED: all of these are held
+    transposed, as S is in `delta_inter_fwd_kernel`.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
+    ROW: tl.constexpr = 0 if TURNED else 1
     bv = tl.program_id(0) % NV
     h = (tl.program_id(0) // NV) % HV
     n = tl.program_id(0) // (NV * HV)
     begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
-    i = tl.arange(0, BK)
+    i = tl.expand_dims(tl.arange(0, BK), ROW)
+    u = tl.expand_dims(bv * BV + tl.arange(0, BV), 1 - ROW)
     r = tl.arange(0, C)
-    u = bv * BV + tl.arange(0, BV)
-    entries = i[:, None] * V + u[None, :]
-    inside = (i < K)[:, None] & (u < V)[None, :]
-    dS = tl.zeros([BK, BV], tl.float32)
+    entries = i * V + u
+    inside = (i < K) & (u < V)
+    dS = turned(tl.zeros([BK, BV], tl.float32), TURNED)
     if dS_end is not None:
         dS = tl.load(dS_end + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     count = tl.cdiv(end - begin, C)
@@ -361,20 +378,20 @@ def delta_inter_bwd_kernel(
         Tc = tl.load(T + cell * C * C + square).to(DT)
         Pc = tl.load(P + cell * C * C + square).to(DT)
         b = per_token(beta, first, end, h, HV, C)
-        dSd = dS.to(DT)
         if dstates is not None:
             tl.store(dstates + cell * K * V + entries, dS.to(dstates.dtype.element_ty), inside)
-        dU = tl.dot(wr, dSd, input_precision=PRECISION) * fw[:, None]
-        dU += tl.dot(tl.trans(Pc), dor.to(DT), input_precision=PRECISION)
-        dBc = tl.dot(tl.trans(Tc), dU.to(DT), input_precision=PRECISION)
+        dO = turned(dor, TURNED)
+        dU = times(wr, dS.to(DT), TURNED, PRECISION) * tl.expand_dims(fw, ROW)
+        dU += times(tl.trans(Pc), dO.to(DT), TURNED, PRECISION)
+        dBc = times(tl.trans(Tc), dU.to(DT), TURNED, PRECISION)
         if dB is not None:
-            store_rows(dB, dBc, first, end, h, HV, V, C, BV, bv * BV)
-        scaled = (dor.to(tl.float32) * fq[:, None]).to(DT)
+            store_rows(dB, turned(dBc, TURNED), first, end, h, HV, V, C, BV, bv * BV)
+        scaled = (dO.to(tl.float32) * tl.expand_dims(fq, ROW)).to(DT)
         dor = rows(do, tl.maximum(first - C, begin), end, h, HV, V, C, BV, bv * BV)  # as v in `delta_inter_fwd_kernel`
         if DECAY != 0:
-            dS *= kept[:, None]
-        dS += tl.dot(tl.trans(qr), scaled, input_precision=PRECISION)
-        dS -= tl.dot(tl.trans(kr), (dBc * (b * fk)[:, None]).to(DT), input_precision=PRECISION)
+            dS *= tl.expand_dims(kept, ROW)
+        dS += times(tl.trans(qr), scaled, TURNED, PRECISION)
+        dS -= times(tl.trans(kr), (dBc * tl.expand_dims(b * fk, ROW)).to(DT), TURNED, PRECISION)
     if dS_0 is not None:
         tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
 

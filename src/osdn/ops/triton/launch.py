@@ -22,9 +22,15 @@ from triton.runtime.errors import OutOfResources
 Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
-# By kernel, or by kernel and decay; best first, the last one is to fit 64 KiB. SINCE, BEFORE: for what capability.
+# By kernel, or by kernel and a constant; best first, the last one is to fit 64 KiB. SINCE, BEFORE: for what capability.
 # BF16: for operands of bf16, as others take more registers; FULL: that fill their blocks, too. PROGRAMS: from how many
 # on, as wider blocks make fewer; on Hopper, with bf16 and K from 65 to 128, as tests ran it.
+_BACK = [
+    {"BV": 64, "num_warps": 4, "STAGES": 3, "TURNED": 0, "SINCE": 90, "BEFORE": 100, "BF16": 1},
+    {"BV": 64, "num_warps": 4, "STAGES": 2, "TURNED": 0, "SINCE": 90, "BEFORE": 100, "BF16": 1},
+    {"BV": 32, "num_warps": 4, "STAGES": 2, "TURNED": 0, "BF16": 1},
+    {"BV": 16, "num_warps": 4, "STAGES": 2, "TURNED": 0},
+]
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
@@ -38,6 +44,10 @@ CONFIGS: dict[str, list[Config]] = {
         {"BV": 16, "num_warps": 4, "STAGES": 3, "SINCE": 90},
         {"BV": 32, "num_warps": 4, "STAGES": 1},
         {"BV": 16, "num_warps": 4, "STAGES": 1},
+    ],
+    "chain_kernel, V = 1": [
+        {"BV": 1, "num_warps": 8, "STAGES": 3},
+        {"BV": 1, "num_warps": 8, "STAGES": 1},
     ],
     "precondition_expand_kernel": [{"num_warps": 4}],
     "precondition_local_kernel": [
@@ -63,11 +73,14 @@ CONFIGS: dict[str, list[Config]] = {
         {"BV": 32, "num_warps": 4, "STAGES": 2, "BF16": 1},
         {"BV": 16, "num_warps": 4, "STAGES": 2},
     ],
-    "delta_inter_bwd_kernel": [
-        {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90, "BEFORE": 100, "BF16": 1},
-        {"BV": 64, "num_warps": 4, "STAGES": 2, "SINCE": 90, "BEFORE": 100, "BF16": 1},
-        {"BV": 32, "num_warps": 4, "STAGES": 2, "BF16": 1},
-        {"BV": 16, "num_warps": 4, "STAGES": 2},
+    "delta_inter_bwd_kernel": _BACK,
+    "delta_inter_bwd_kernel, DECAY = 0": [
+        {"BV": 128, "num_warps": 8, "STAGES": 2, "TURNED": 1, "SINCE": 90, "PROGRAMS": 128},
+        *_BACK,
+    ],
+    "delta_inter_bwd_kernel, DECAY = 2": [
+        {"BV": 128, "num_warps": 8, "STAGES": 3, "TURNED": 1, "SINCE": 90, "PROGRAMS": 128},
+        *_BACK,
     ],
     "delta_intra_bwd_kernel": [
         {"BB": 128, "BV": 32, "num_warps": 8, "SINCE": 90, "FULL": 1},
@@ -108,7 +121,8 @@ def serves(config: Config, since: int) -> bool:
 
 def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
-    found = CONFIGS.get(f"{name}, DECAY = {arguments.get('DECAY')}", CONFIGS[name])
+    own = (f"{name}, {n} = {arguments.get(n)}" for n in ("DECAY", "V"))
+    found = next((CONFIGS[key] for key in own if key in CONFIGS), CONFIGS[name])
     BK = arguments.get("BK", 0)
     V = arguments.get("V", arguments["K"])
     widest = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}

@@ -326,27 +326,28 @@ def precondition_check_kernel(
 def precondition_map_kernel(
     k, solve, factors, maps, maps_T, cu_seqlens, first_chunk, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """How d at the end of each segment depends on d at its beginning, less the identity -> maps [segments, HV, K, K],
-    and transposed -> maps_T, as if no clip fired."""
+    and transposed -> maps_T, as if no clip fired. Held transposed, as S is in `delta_inter_fwd_kernel`."""
     NV: tl.constexpr = (K + BV - 1) // BV
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
     begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
     i = tl.arange(0, BK)
     u = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
-    D = tl.where(i[:, None] == u[None, :], 1.0, 0.0)
+    D = tl.where(u[:, None] == i[None, :], 1.0, 0.0)
     for m in range(0, tl.cdiv(end - begin, C)):
         xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
-        X = tl.dot(xx, D, input_precision=PRECISION) * c2[:, None]
-        Y = tl.dot(M, X, input_precision=PRECISION) * (eta * behind)[:, None]
-        D = kept[:, None] * D - tl.dot(tl.trans(xx), Y, input_precision=PRECISION)
-    D -= tl.where(i[:, None] == u[None, :], 1.0, 0.0)
-    inside = (i < K)[:, None] & (u < K)[None, :]
+        xx = xx.to(DT)
+        X = tl.dot(D.to(DT), tl.trans(xx), input_precision=PRECISION) * c2[None, :]
+        Y = tl.dot(X.to(DT), tl.trans(M.to(DT)), input_precision=PRECISION) * (eta * behind)[None, :]
+        D = kept[None, :] * D - tl.dot(Y.to(DT), xx, input_precision=PRECISION)
+    D -= tl.where(u[:, None] == i[None, :], 1.0, 0.0)
+    inside = (u < K)[:, None] & (i < K)[None, :]
     at = (n * HV + h).to(tl.int64) * K * K
-    tl.store(maps + at + i[:, None] * K + u[None, :], D, inside)
-    tl.store(maps_T + at + i[:, None] + u[None, :] * K, D, inside)
+    tl.store(maps + at + i[None, :] * K + u[:, None], D, inside)
+    tl.store(maps_T + at + i[None, :] + u[:, None] * K, D, inside)
 
 
 @triton.jit

@@ -195,7 +195,7 @@ def chain_kernel(
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     # All of E in three terms of tf32 would not fit in registers.
-    BR: tl.constexpr = BK if BK <= 32 or (BK <= 128 and PRECISION == "tf32") else 32
+    BR: tl.constexpr = BK if BK <= 32 or (BK <= 128 and (PRECISION == "tf32" or BV == 1)) else 32
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
     i = tl.arange(0, BK)
@@ -217,7 +217,11 @@ def chain_kernel(
             live = (r < K)[:, None] & (u < V)[None, :]
             at = r[:, None] * V + u[None, :]
             E = tl.load(maps + cell * K * K + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
-            y = tl.load(steps + cell * K * V + at, live, 0.0) + tl.dot(E.to(tl.float32), x, input_precision=PRECISION)
+            if BV == 1:
+                y = tl.sum(E.to(tl.float32) * tl.trans(x), 1)[:, None]
+            else:
+                y = tl.dot(E.to(tl.float32), x, input_precision=PRECISION)
+            y += tl.load(steps + cell * K * V + at, live, 0.0)
             if BR < BK:
                 tl.store(after + at, y, live)
         if BR < BK:
