@@ -52,6 +52,13 @@ def test_gate_turns_red_on_a_wrong_implementation(wrong):
         gate(TINY, dataclasses.replace(FREE, run=wrong))
 
 
+def test_a_case_may_have_tolerances_of_its_own():
+    wrong = dataclasses.replace(FREE, run=_wrong_state)
+    gate(TINY, dataclasses.replace(wrong, tolerances={"*": 2e-3}))
+    with pytest.raises(RedGateError, match=r"0\.0001 \(d_T\)"):
+        gate(TINY, dataclasses.replace(wrong, tolerances={"*": 2e-3, "d_T": 1e-4}))
+
+
 def test_inputs_that_do_not_exercise_the_case_are_refused():
     def with_rule(claim, **rule):
         return Case("x", FREE.run, osdn.Preconditioner(**rule), claim)

@@ -103,6 +103,7 @@ def test_a_run_measures_gates_and_reports(command):
     run = only_run(result)
     assert {"date", "device", "versions", "environment", "config", "ceilings", "tolerances", "seconds"} < set(run)
     assert (run["commit"], run["red"], run["environment"]["FLA_FLASH_QLA"]) == ("abc", {}, "0")
+    assert run["tolerances"] == {"*": 2e-2, "d_T": 1e-3, "dforget, osdn-clips": 5e-2}
     assert set(run["gate"]["osdn, none"]) == {
         "o",
         "S_T",

@@ -83,6 +83,7 @@ class Case:
     None where that is not asserted. decays: those it runs under. step: it takes shapes of one token, and updates their
     state in place. function: a peer's own name; None for ours. plain: it computes our operator with
     `preconditioner=None`. tuning: seconds that a peer's first call at some number of heads has been seen to take.
+    tolerances: relative errors of its gate, in place of the suite's.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Case:
     function: str | None = None
     plain: bool = False
     tuning: float = 0.0
+    tolerances: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,9 @@ def gpu_cases(backend: Backend = "triton") -> tuple[Case, ...]:
     return (
         Case("osdn", osdn_run(BOXED, backend), BOXED, 0.0, DECAYS),
         Case("osdn-plain", osdn_run(None, backend), None, None, DECAYS, plain=True),
-        Case("osdn-clips", osdn_run(NARROW, backend), NARROW, 1.0),  # what d costs is the same under every decay
+        # What d costs is the same under every decay. A value within a rounding of its bound, of which a gate has a few,
+        # is clipped in float32 or in float64 alone: 1e-7 more of forget moves its gradient by 1e-2, in fp32 already.
+        Case("osdn-clips", osdn_run(NARROW, backend), NARROW, 1.0, tolerances={"dforget": 5e-2}),
         Case("osdn-step", step_run(BOXED, backend), BOXED, None, DECAYS, step=True),
         Case("osdn-step-plain", step_run(None, backend), None, None, DECAYS, step=True),
         _peer("fla-deltanet", "fla.ops.delta_rule.chunk_delta_rule", 110),
@@ -317,7 +321,7 @@ def gate(suite: Suite, case: Case, *, decay: str = "none", seed: int = 0) -> dic
 
     Results are o and, where it hands them out, the final S and d, and but for a step every gradient, from random
     cotangents of all of these. Lengths are short and no multiples of the chunk length. Raises RedGateError above the
-    suite's tolerances.
+    tolerances of the case or else of the suite.
     """
     errors: dict[str, float] = {}
     for shape in suite.step_gates if case.step else suite.gates:
@@ -326,9 +330,10 @@ def gate(suite: Suite, case: Case, *, decay: str = "none", seed: int = 0) -> dic
         reference = osdn_run(case.preconditioner, "reference")
         want = results(reference, x.to(torch.float64), grads=not case.step, outputs=len(got.keys() & set(OUTPUTS)))
         found = compare(got, want, shape.packed)
-        wrong = {name: e for name, e in found.items() if not e <= suite.tolerances.get(name, suite.tolerances["*"])}
+        tolerances = {**suite.tolerances, **case.tolerances}
+        wrong = {name: e for name, e in found.items() if not e <= tolerances.get(name, tolerances["*"])}
         if wrong:
-            limits = ", ".join(f"{limit} ({name})" for name, limit in suite.tolerances.items())
+            limits = ", ".join(f"{limit} ({name})" for name, limit in tolerances.items())
             raise RedGateError(f"{case.name}: relative error against the float64 reference above {limits}: {wrong}")
         errors = {name: max(e, errors.get(name, 0.0)) for name, e in found.items()}
     return errors

@@ -95,7 +95,10 @@ def _start(suite: Suite, chosen: Selection, repeats: int, seed: int, quick: bool
         "environment": {n: x for n, x in os.environ.items() if n.startswith(("FLA_", "TRITON_", "OSDN_"))},
         "config": {"quick": quick, "repeats": repeats, "seed": seed, **dataclasses.asdict(chosen), **limits},
         "dtype": str(suite.dtype),
-        "tolerances": dict(suite.tolerances),
+        "tolerances": {
+            **suite.tolerances,
+            **{f"{name}, {case.name}": x for case in suite.cases for name, x in case.tolerances.items()},
+        },
         "cases": {case.name: repr(case.preconditioner) for case in suite.cases if not case.function},
         "peers": {case.name: case.function for case in suite.cases if case.function},
         "shapes": {name: dataclasses.asdict(x) for name, x in (suite.quick if quick else suite.shapes).items()},
