@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from unittest.mock import patch
@@ -451,6 +452,30 @@ def test_without_gradients_recorded_any_tensor_will_do(backend):
         o = osdn.online_scaled_delta_step(*parameters, beta, state, preconditioner=P, backend=backend)
     assert not o.requires_grad
     assert (state.d != 0).all()
+
+
+@pytest.mark.parametrize("part", ["S", "d"])
+def test_autograd_sees_that_a_state_was_written_to(part, backend):
+    device = DEVICE if backend == "triton" else "cpu"
+    x, state = torch.rand(2, 2, 4, device=device), states((2, 2, 4, 4), device=device)
+    saved = getattr(state, part)
+    y = saved * torch.ones_like(saved).requires_grad_()
+    osdn.online_scaled_delta_step(x, x, x, x[..., 0], state, preconditioner=P, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_fake_and_meta_tensors_have_only_shapes(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.rand(2, 2, 4)
+        step = partial(osdn.online_scaled_delta_step, x, x, x, x[..., 0], states((2, 2, 4, 4)), preconditioner=P)
+        assert step(backend=backend).shape == x.shape
+    x, slots = torch.empty(2, 2, 4, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    state = states((3, 2, 4, 4), (3, 2, 4), device="meta")
+    o = osdn.online_scaled_delta_step(x, x, x, x[..., 0], state, slots=slots, preconditioner=P)
+    assert (o.shape, o.device.type) == (x.shape, "meta")
 
 
 def test_backends_of_one_token(monkeypatch):

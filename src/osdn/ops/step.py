@@ -75,9 +75,16 @@ def online_scaled_delta_step(
             refuse(name, "a tensor that requires grad", "one that does not, or a call under torch.no_grad()")
     if slots is not None:
         _check_slots(slots, k, len(S))
-    p = preconditioner or Preconditioner()
-    rule = (float(p.eta), p.feedback, float(p.d_min), float(p.d_max), p.normalize_step)
-    return _step(q, k, v, beta, g, forget, S, d, slots, *rule, scale, qk_l2norm, backend)
+    tensors = (q, k, v, beta, g, forget, S, d, slots)
+    if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:  # fake tensors among these
+        p = preconditioner or Preconditioner()
+        rule = (float(p.eta), p.feedback, float(p.d_min), float(p.d_max), p.normalize_step)
+        return _operator(*tensors, *rule, scale, qk_l2norm, backend)
+    o = _step(*tensors, preconditioner, scale, qk_l2norm, backend)
+    for x in (S, d):  # autograd is to see what a kernel wrote into
+        if x is not None and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+    return o
 
 
 def _check_slots(slots: Tensor, k: Tensor, N: int) -> None:
@@ -92,6 +99,31 @@ def _check_slots(slots: Tensor, k: Tensor, N: int) -> None:
             refuse("slots", f"values from {low} to {high}", f"-1 (skipped) or a slot below {N}")
 
 
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    forget: Tensor | None,
+    S: Tensor,
+    d: Tensor | None,
+    slots: Tensor | None,
+    p: Preconditioner | None,
+    scale: float,
+    qk_l2norm: bool,
+    backend: Backend,
+) -> Tensor:
+    if backend == "auto" and not os.environ.get("OSDN_BACKEND"):
+        backend = "reference" if dispatch.why_not_triton_unasked(q) else "triton"
+    args = (q, k, v, beta, g, forget, S, d, slots, p, scale, qk_l2norm)
+    if dispatch.choose(q[:, None], backend).backend == "triton":
+        from osdn.ops.triton.recurrent import delta_step
+
+        return delta_step(*args)
+    return _by_definition(*args)
+
+
 @torch.library.custom_op(
     "osdn::delta_step",
     mutates_args=("S", "d"),
@@ -99,7 +131,7 @@ def _check_slots(slots: Tensor, k: Tensor, N: int) -> None:
     "Tensor? slots, float eta, str feedback, float d_min, float d_max, bool normalize_step, float scale, "
     "bool qk_l2norm, str backend) -> Tensor",
 )
-def _step(
+def _operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -118,19 +150,13 @@ def _step(
     qk_l2norm: bool,
     backend: Backend,
 ) -> Tensor:
-    """An operator, so that a compiled graph stays whole; the backend is chosen in here, out of the compiler's sight."""
+    """For compiled graphs, which stay whole: the backend is chosen in here, out of the compiler's sight. Eager calls go
+    without, as it would cost them more of the host's time than all the rest does."""
     p = None if d is None else Preconditioner(eta, feedback, d_min, d_max, normalize_step)
-    if backend == "auto" and not os.environ.get("OSDN_BACKEND"):
-        backend = "reference" if dispatch.why_not_triton_unasked(q) else "triton"
-    args = (q, k, v, beta, g, forget, S, d, slots, p, scale, qk_l2norm)
-    if dispatch.choose(q[:, None], backend).backend == "triton":
-        from osdn.ops.triton.recurrent import delta_step
-
-        return delta_step(*args)
-    return _by_definition(*args)
+    return _step(q, k, v, beta, g, forget, S, d, slots, p, scale, qk_l2norm, backend)
 
 
-@_step.register_fake
+@_operator.register_fake
 def _(_q, _k, v, *_):  # type: ignore[no-untyped-def]
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
