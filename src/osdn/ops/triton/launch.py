@@ -10,8 +10,8 @@ out of bounds, and one wrote wrong results (docs/kernels.md). The tests run each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -100,9 +100,10 @@ CONFIGS: dict[str, list[Config]] = {
 }
 _CONDITIONS = ("SINCE", "BEFORE", "BF16", "FULL")
 
-_left: dict[tuple[Any, ...], list[Config]] = {}
-"""Of what was launched, the configs that the device has not refused."""
+_left: dict[tuple[Any, ...], list[tuple[Config, int]]] = {}
+"""Of what was launched, the options that the device has not refused, and from how many programs on."""
 _constants: dict[str, list[str]] = {}
+_HERE = nullcontext()
 
 
 @cache
@@ -153,30 +154,26 @@ def launch(kernel: Any, grid: Grid, device: torch.device, **arguments: Any) -> N
         _constants[name] = list(kernel.fn.__annotations__)  # none but constexprs are annotated
     key = (name, device, *map(arguments.get, _constants[name]))
     if key not in _left:
-        _left[key] = configs(name, arguments, capability(device))
+        found = configs(name, arguments, capability(device))
+        _left[key] = [(options(config), config.get("PROGRAMS", 0)) for config in found]
     while True:
-        left = _left[key]
-        enough = (c for c in left[:-1] if "PROGRAMS" not in c or grid({**arguments, **c})[0] >= c["PROGRAMS"])
-        config = next(enough, left[-1])
+        *others, (last, _) = left = _left[key]
+        config = next((c for c, least in others if not least or grid({**arguments, **c})[0] >= least), last)
         try:
             with on(device):
-                _run(kernel, grid, arguments, options(config))
+                _run(kernel, grid, arguments, config)
             return
         except OutOfResources:
             if len(left) == 1:
                 raise
-            _left[key] = [c for c in left if c is not config]
+            _left[key] = [(c, least) for c, least in left if c is not config]
 
 
 def _run(kernel: Any, grid: Grid, arguments: dict[str, Any], config: Config) -> None:
     kernel[grid({**arguments, **config})](**arguments, **config)
 
 
-@contextmanager
-def on(device: torch.device) -> Iterator[None]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        yield
-    else:
-        with torch.cuda.device(device):
-            yield
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(device)
