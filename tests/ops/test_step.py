@@ -18,6 +18,7 @@ import pytest
 import torch
 from inputs import BOX, Case, errors, run, worst
 from torch import Tensor
+from torch.autograd import forward_ad
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 import osdn
@@ -403,6 +404,7 @@ def states(S=(2, 2, 4, 3), d=(2, 2, 4), **kwargs):
         ({"g": 0.5}, "g: got float, takes a torch.Tensor"),
         ({"forget": torch.zeros(2, 2, 1)}, r"forget: got \(2, 2, 1\), takes shape \[2, 2\]"),
         ({"scale": torch.ones(2)}, "scale: got tensor"),
+        ({"qk_l2norm": None}, "qk_l2norm: got None, takes True or False"),
         ({"preconditioner": {"eta": 1.0}}, "preconditioner: got dict, takes an osdn.Preconditioner or None"),
         ({"preconditioner": None}, "state.d: got a tensor, takes None where preconditioner is None"),
         (
@@ -434,6 +436,22 @@ def states(S=(2, 2, 4, 3), d=(2, 2, 4), **kwargs):
 def test_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_refuses_a_tangent():
+    with forward_ad.dual_level():
+        q = forward_ad.make_dual(torch.randn(2, 2, 4), torch.randn(2, 2, 4))
+        with pytest.raises(ValueError, match="q: got a tensor with a tangent, takes one without"):
+            call(q=q)
+
+
+def test_refuses_an_inference_state_outside_inference_mode():
+    with torch.inference_mode():
+        state = states()
+        call(state=state)
+    with pytest.raises(ValueError, match=r"state.S: got an inference tensor outside inference mode"):
+        call(state=state)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")

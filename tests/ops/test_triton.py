@@ -173,6 +173,21 @@ def test_matches_the_definition_in_segments(case, dtype, monkeypatch):
     assert over <= 1, (name, over)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_second_derivatives_are_refused(alone):
+    """Not taken for zero."""
+    x = on_device(Case(T=5, B=1, H=1, K=4, V=3).tensors(torch.float32))
+    k, p = x["k"].requires_grad_(), osdn.Preconditioner()
+    if alone:
+        y, _ = osdn.precondition(k, None, preconditioner=p, initial_d=x["d"], backend="triton")
+    else:
+        rest = {"preconditioner": p, "initial_state": osdn.DeltaState(None, x["d"]), "backend": "triton"}
+        y, _ = osdn.online_scaled_delta_rule(x["q"], k, x["v"], x["beta"], **rest)
+    (grad,) = torch.autograd.grad(y.square().sum(), k, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 def test_adjoint_of_the_state_may_be_held_transposed(decay, monkeypatch):
     from osdn.ops.triton import function, launch

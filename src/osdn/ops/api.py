@@ -77,6 +77,7 @@ def online_scaled_delta_rule(
     Source: arXiv 2605.13473; the chunkwise form is derived in docs/math.md.
     """
     refuse_none(q=q, k=k, v=v, beta=beta)
+    check_flags(output_final_state=output_final_state, qk_l2norm=qk_l2norm)
     work = check_inputs(q, k, v, beta, g, forget, preconditioner)
     scale, N = check_scale(scale, k), check_packing(cu_seqlens, k)
     if chunk_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
@@ -170,9 +171,16 @@ def refuse_none(**tensors: Tensor | None) -> None:
             refuse(name, None, "a torch.Tensor")
 
 
+def check_flags(**flags: bool) -> None:
+    """True or False, and not what merely passes for it."""
+    for name, x in flags.items():
+        if not isinstance(x, bool):
+            refuse(name, repr(x), "True or False")
+
+
 def check_scale(scale: float | None, k: Tensor) -> float:
     """The factor of the output."""
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale != scale):
         refuse("scale", repr(scale), "a float, or None for K^-0.5")
     return k.shape[-1] ** -0.5 if scale is None else float(scale)
 

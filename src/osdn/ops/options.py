@@ -54,6 +54,8 @@ class Preconditioner:
         for name in ("eta", "d_min", "d_max"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float)):
                 refuse(name, repr(value), "a float")
+            if isinstance(value, int) and abs(value) > 2**63:  # which need not have a float
+                refuse(name, f"an int of {value.bit_length()} bits", "a float")
         if not isinstance(self.normalize_step, bool):
             refuse("normalize_step", repr(self.normalize_step), "True or False")
         if not 0 <= self.eta < math.inf:

@@ -10,9 +10,10 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from osdn.ops import dispatch, reference
-from osdn.ops.api import check_inputs, check_scale, check_state, l2norm, refuse_none
+from osdn.ops.api import check_flags, check_inputs, check_scale, check_state, l2norm, refuse_none
 from osdn.ops.options import Backend, Feedback, Preconditioner, no_autocast, refuse, work_dtype
 from osdn.ops.state import DeltaState
 
@@ -61,6 +62,7 @@ def online_scaled_delta_step(
             are recorded and an input requires them: the step is not differentiable, `online_scaled_delta_rule` is.
     """
     refuse_none(q=q, k=k, v=v, beta=beta)
+    check_flags(qk_l2norm=qk_l2norm)
     check_inputs(q, k, v, beta, g, forget, preconditioner, "B")
     scale = check_scale(scale, k)
     check_state("state", state, len(k) if slots is None else None, k, v, preconditioner, whole=True)
@@ -73,6 +75,8 @@ def online_scaled_delta_step(
     for name, x in inputs.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             refuse(name, "a tensor that requires grad", "one that does not, or a call under torch.no_grad()")
+    if not torch.compiler.is_compiling():
+        _check_modes(inputs)
     if slots is not None:
         _check_slots(slots, k, len(S))
     tensors = (q, k, v, beta, g, forget, S, d, slots)
@@ -85,6 +89,16 @@ def online_scaled_delta_step(
         if x is not None and not x.is_inference():
             torch.autograd.graph.increment_version(x)
     return o
+
+
+def _check_modes(inputs: dict[str, Tensor | None]) -> None:
+    for name, x in inputs.items():
+        if x is None:
+            continue
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            refuse(name, "a tensor with a tangent", "one without: the step is not differentiable")
+        if name.startswith("state") and x.is_inference() and not torch.is_inference_mode_enabled():
+            refuse(name, "an inference tensor outside inference mode", "one that may be updated there")
 
 
 def _check_slots(slots: Tensor, k: Tensor, N: int) -> None:

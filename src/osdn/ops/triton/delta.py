@@ -508,7 +508,7 @@ def delta_intra_bwd_kernel(
         dP = below(dP, C, False)
     dP = dP.to(DT)
     dA = dA.to(DT)
-    lost = tl.zeros([], tl.float32)
+    lost = tl.zeros([BB], tl.float32)
     dg_row = tl.zeros([C], tl.float32)
     total_q = tl.zeros([C], tl.float32)
     total_k = tl.zeros([C], tl.float32)
@@ -559,7 +559,7 @@ def delta_intra_bwd_kernel(
             store_rows(dg, y + ended[None, :], first, end, h, HV, K, C, BB, at)
         else:
             if DECAY == 1:
-                lost += tl.sum(ended * kept + tl.sum(wd.to(tl.float32) * dwa, 0), 0)
+                lost += ended * kept + tl.sum(wd.to(tl.float32) * dwa, 0)
             dqa = tl.dot(dP, wd, dqa, input_precision=PRECISION)
             dka = tl.dot(dA, wd, dka, input_precision=PRECISION)
             dwa = tl.dot(tl.trans(dP), qd, dwa, input_precision=PRECISION)
@@ -586,6 +586,7 @@ def delta_intra_bwd_kernel(
             store_rows(dw, dwa, first, end, h, HV, K, C, BB, at)
     tl.store(dbeta + t * HV + h, db, t < end)
     if DECAY == 1:
+        lost = tl.sum(lost[None, :], 1)  # of a vector, Triton 3.6 cannot compile it for Blackwell
         tl.store(dg + t * HV + h, tl.cumsum(dg_row, 0, reverse=True) + lost, t < end)
     if L2NORM and BK != BB:
         # What runs along a normalised key is known only now.

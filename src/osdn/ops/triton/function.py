@@ -414,7 +414,11 @@ def _differentiable(
         setup(ctx, inputs, output)
         return output
 
-    members = {"forward": staticmethod(run), "backward": staticmethod(partial(gradient, backward))}
+    # The operator's, where derivatives of it are recorded, as it refuses these: a function would pass for a constant.
+    def back(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return gradient(adjoint if torch.is_grad_enabled() else backward, ctx, *grads)
+
+    members = {"forward": staticmethod(run), "backward": staticmethod(back)}
     function: Any = type(name, (torch.autograd.Function,), members)
     return lambda *inputs: (operator if torch.compiler.is_compiling() else function.apply)(*inputs)
 

@@ -59,7 +59,8 @@ CONFIGS: dict[str, list[Config]] = {
     "delta_intra_fwd_kernel": [
         {"BB": 128, "num_warps": 4, "maxnreg": 200, "SINCE": 90, "BEFORE": 100, "FULL": 1},
         {"BB": 128, "num_warps": 4, "FULL": 1},
-        {"BB": 32, "num_warps": 4},
+        {"BB": 32, "num_warps": 4, "BEFORE": 100},
+        {"BB": 32, "num_warps": 4, "num_stages": 1, "SINCE": 100},  # Triton 3.6 cannot pipeline it there
     ],
     "delta_intra_fwd_kernel, DECAY = 2": [
         {"BB": 32, "num_warps": 2, "SINCE": 90, "FULL": 1},
