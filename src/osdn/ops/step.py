@@ -7,6 +7,7 @@ value dim. The work dtype is float64 for float64 inputs, float32 for all others.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def online_scaled_delta_step(
         p = preconditioner or Preconditioner()
         rule = (float(p.eta), p.feedback, float(p.d_min), float(p.d_max), p.normalize_step)
         return _operator(*tensors, *rule, scale, qk_l2norm, backend)
-    o = _step(*tensors, preconditioner, scale, qk_l2norm, backend)
+    o = _step(backend, *tensors, preconditioner, scale, qk_l2norm)
     for x in (S, d):  # autograd is to see what a kernel wrote into
         if x is not None and not x.is_inference():
             torch.autograd.graph.increment_version(x)
@@ -113,29 +114,14 @@ def _check_slots(slots: Tensor, k: Tensor, N: int) -> None:
             refuse("slots", f"values from {low} to {high}", f"-1 (skipped) or a slot below {N}")
 
 
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    forget: Tensor | None,
-    S: Tensor,
-    d: Tensor | None,
-    slots: Tensor | None,
-    p: Preconditioner | None,
-    scale: float,
-    qk_l2norm: bool,
-    backend: Backend,
-) -> Tensor:
+def _step(backend: Backend, q: Tensor, *rest: Any) -> Tensor:
     if backend == "auto" and not os.environ.get("OSDN_BACKEND"):
         backend = "reference" if dispatch.why_not_triton_unasked(q) else "triton"
-    args = (q, k, v, beta, g, forget, S, d, slots, p, scale, qk_l2norm)
     if dispatch.choose(q[:, None], backend).backend == "triton":
         from osdn.ops.triton.recurrent import delta_step
 
-        return delta_step(*args)
-    return _by_definition(*args)
+        return delta_step(q, *rest)
+    return _by_definition(q, *rest)
 
 
 @torch.library.custom_op(
@@ -167,7 +153,7 @@ def _operator(
     """For compiled graphs, which stay whole: the backend is chosen in here, out of the compiler's sight. Eager calls go
     without, as it would cost them more of the host's time than all the rest does."""
     p = None if d is None else Preconditioner(eta, feedback, d_min, d_max, normalize_step)
-    return _step(q, k, v, beta, g, forget, S, d, slots, p, scale, qk_l2norm, backend)
+    return _step(backend, q, k, v, beta, g, forget, S, d, slots, p, scale, qk_l2norm)
 
 
 @_operator.register_fake
