@@ -259,6 +259,7 @@ def test_refused_arguments(kwargs, message):
         ({"eta": -1}, r"preconditioner.eta: got -1.0, takes a finite float >= 0"),
         ({"eta": "1"}, r"preconditioner.eta: got '1', takes a finite number"),
         ({"eta": True}, r"preconditioner.eta: got True"),
+        ({"eta": 10**400}, r"preconditioner.eta: got an int of 1329 bits, takes a finite number"),
         ({"feedback": "none"}, r"preconditioner.feedback: got 'none', takes one of"),
         ({"d_min": 1, "d_max": 0.5}, r"preconditioner.d_min, d_max: got \[1.0, 0.5\]"),
         ({"d_min": -math.inf}, r"preconditioner.d_min: got -inf"),

@@ -56,6 +56,7 @@ def packed(bounds, T=5, dtype=torch.int64):
         ({"beta": 0.5}, "beta: got float, takes a torch.Tensor"),
         ({"scale": torch.ones(2)}, "scale: got tensor"),
         ({"scale": math.nan}, "scale: got nan, takes a float"),
+        ({"scale": 10**400}, "scale: got an int of 1329 bits, takes a float, or None"),
         ({"qk_l2norm": "no"}, "qk_l2norm: got 'no', takes True or False"),
         ({"output_final_state": 1}, "output_final_state: got 1, takes True or False"),
         ({"cu_seqlens": [0, 5]}, "cu_seqlens: got list, takes a torch.Tensor"),

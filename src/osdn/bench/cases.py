@@ -324,13 +324,13 @@ def gate(suite: Suite, case: Case, *, decay: str = "none", seed: int = 0) -> dic
     tolerances of the case or else of the suite.
     """
     errors: dict[str, float] = {}
+    tolerances = {**suite.tolerances, **case.tolerances}
     for shape in suite.step_gates if case.step else suite.gates:
         x = suite.inputs(shape, seed, decay)
         got = results(case.run, x.copy() if case.step else x, grads=not case.step)
         reference = osdn_run(case.preconditioner, "reference")
         want = results(reference, x.to(torch.float64), grads=not case.step, outputs=len(got.keys() & set(OUTPUTS)))
         found = compare(got, want, shape.packed)
-        tolerances = {**suite.tolerances, **case.tolerances}
         wrong = {name: e for name, e in found.items() if not e <= tolerances.get(name, tolerances["*"])}
         if wrong:
             limits = ", ".join(f"{limit} ({name})" for name, limit in tolerances.items())

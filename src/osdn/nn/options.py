@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from osdn.ops.options import Feedback, Preconditioner, refuse
+from osdn.ops.options import Feedback, Preconditioner, check_flags, check_number, refuse
 
 Forget = Literal["none", "data_dependent"]
 
@@ -42,13 +42,12 @@ class PreconditionerOptions:
             value = getattr(self, name)
             if name == "d_max" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                takes = "a finite number" + (", or None for no upper bound" if name == "d_max" else "")
+            takes = "a finite number" + (", or None for no upper bound" if name == "d_max" else "")
+            check_number(f"preconditioner.{name}", value, takes)
+            if not math.isfinite(value):
                 refuse(f"preconditioner.{name}", repr(value), takes)
             object.__setattr__(self, name, float(value))
-        for name in ("normalize_step", "learn_d_init"):
-            if not isinstance(getattr(self, name), bool):
-                refuse(f"preconditioner.{name}", repr(getattr(self, name)), "True or False")
+        check_flags(**{f"preconditioner.{name}": getattr(self, name) for name in ("normalize_step", "learn_d_init")})
         if self.forget not in get_args(Forget):
             refuse("preconditioner.forget", repr(self.forget), f"one of {get_args(Forget)}")
         try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from osdn.ops.dispatch import Choice, choose
-from osdn.ops.options import Backend, Preconditioner, no_autocast, refuse, work_dtype
+from osdn.ops.options import Backend, Preconditioner, check_flags, check_number, no_autocast, refuse, work_dtype
 from osdn.ops.state import DeltaState
 
 _warned_tie = False
@@ -171,18 +171,14 @@ def refuse_none(**tensors: Tensor | None) -> None:
             refuse(name, None, "a torch.Tensor")
 
 
-def check_flags(**flags: bool) -> None:
-    """True or False, and not what merely passes for it."""
-    for name, x in flags.items():
-        if not isinstance(x, bool):
-            refuse(name, repr(x), "True or False")
-
-
 def check_scale(scale: float | None, k: Tensor) -> float:
     """The factor of the output."""
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale != scale):
-        refuse("scale", repr(scale), "a float, or None for K^-0.5")
-    return k.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        return k.shape[-1] ** -0.5
+    check_number("scale", scale, takes := "a float, or None for K^-0.5")
+    if scale != scale:
+        refuse("scale", scale, takes)
+    return float(scale)
 
 
 def check_inputs(
@@ -266,11 +262,16 @@ def _check_part(name: str, x: Tensor | None, shape: tuple[int, ...], k: Tensor, 
         refuse(name, f"{x.dtype} {tuple(x.shape)} on {x.device}", f"{work_dtype(k)} {shape} on {k.device}")
 
 
+def has_tangent(x: Tensor | None) -> bool:
+    """Whether forward-mode differentiation comes through x; unknown, and so no, where a graph is compiled."""
+    if x is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def _check_differentiable(choice: Choice, *tensors: Tensor | None) -> None:
     """`chunked` has no forward-mode derivative, and PyTorch would silently take it for zero."""
-    if choice.backend == "reference" or torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if choice.backend != "reference" and any(map(has_tangent, tensors)):
         refuse("backend", f"{choice.backend!r} under forward-mode differentiation", "'reference' there")
 
 

@@ -19,6 +19,23 @@ def refuse(name: str, got: object, takes: str) -> NoReturn:
     raise ValueError(f"{name}: got {got}, takes {takes}")
 
 
+def check_number(name: str, x: object, takes: str = "a float") -> None:
+    """A number that has a float, which an int need not have; True and False are none."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        refuse(name, repr(x), takes)
+    try:
+        float(x)
+    except OverflowError:
+        refuse(name, f"an int of {int(x).bit_length()} bits", takes)
+
+
+def check_flags(**flags: object) -> None:
+    """True or False, and not what merely passes for it."""
+    for name, x in flags.items():
+        if not isinstance(x, bool):
+            refuse(name, repr(x), "True or False")
+
+
 def work_dtype(x: Tensor) -> torch.dtype:
     """The dtype of arithmetic, gates, norms and states beside x: float64 where x is, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -52,12 +69,8 @@ class Preconditioner:
 
     def __post_init__(self) -> None:
         for name in ("eta", "d_min", "d_max"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float)):
-                refuse(name, repr(value), "a float")
-            if isinstance(value, int) and abs(value) > 2**63:  # which need not have a float
-                refuse(name, f"an int of {value.bit_length()} bits", "a float")
-        if not isinstance(self.normalize_step, bool):
-            refuse("normalize_step", repr(self.normalize_step), "True or False")
+            check_number(name, getattr(self, name))
+        check_flags(normalize_step=self.normalize_step)
         if not 0 <= self.eta < math.inf:
             refuse("eta", repr(self.eta), "a finite float >= 0")
         if self.feedback not in get_args(Feedback):

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from osdn.ops import dispatch, reference
-from osdn.ops.api import check_flags, check_inputs, check_scale, check_state, l2norm, refuse_none
-from osdn.ops.options import Backend, Feedback, Preconditioner, no_autocast, refuse, work_dtype
+from osdn.ops.api import check_inputs, check_scale, check_state, has_tangent, l2norm, refuse_none
+from osdn.ops.options import Backend, Feedback, Preconditioner, check_flags, no_autocast, refuse, work_dtype
 from osdn.ops.state import DeltaState
 
 
@@ -69,19 +68,24 @@ def online_scaled_delta_step(
     check_state("state", state, len(k) if slots is None else None, k, v, preconditioner, whole=True)
     S, d = state.S, state.d
     assert S is not None
+    compiling = torch.compiler.is_compiling()
     for name, x in (("state.S", S), ("state.d", d)):
-        if x is not None and not x.is_contiguous():
+        if x is None:
+            continue
+        if not x.is_contiguous():
             refuse(name, f"strides {x.stride()}", "a contiguous tensor, to be updated in place")
+        if not compiling and x.is_inference() and not torch.is_inference_mode_enabled():
+            refuse(name, "an inference tensor outside inference mode", "one that may be updated there")
     inputs = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "forget": forget, "state.S": S, "state.d": d}
     for name, x in inputs.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             refuse(name, "a tensor that requires grad", "one that does not, or a call under torch.no_grad()")
-    if not torch.compiler.is_compiling():
-        _check_modes(inputs)
+        if has_tangent(x):
+            refuse(name, "a tensor with a tangent", "one without: the step is not differentiable")
     if slots is not None:
         _check_slots(slots, k, len(S))
     tensors = (q, k, v, beta, g, forget, S, d, slots)
-    if torch.compiler.is_compiling() or q.is_meta or type(q) is not Tensor:  # fake tensors among these
+    if compiling or q.is_meta or type(q) is not Tensor:  # fake tensors among these
         p = preconditioner or Preconditioner()
         rule = (float(p.eta), p.feedback, float(p.d_min), float(p.d_max), p.normalize_step)
         return _operator(*tensors, *rule, scale, qk_l2norm, backend)
@@ -90,16 +94,6 @@ def online_scaled_delta_step(
         if x is not None and not x.is_inference():
             torch.autograd.graph.increment_version(x)
     return o
-
-
-def _check_modes(inputs: dict[str, Tensor | None]) -> None:
-    for name, x in inputs.items():
-        if x is None:
-            continue
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            refuse(name, "a tensor with a tangent", "one without: the step is not differentiable")
-        if name.startswith("state") and x.is_inference() and not torch.is_inference_mode_enabled():
-            refuse(name, "an inference tensor outside inference mode", "one that may be updated there")
 
 
 def _check_slots(slots: Tensor, k: Tensor, N: int) -> None:
