@@ -176,7 +176,7 @@ KERNEL_MUTANTS = {
         "        D = tl.where(r[:, None] == j, d[None, :], D)",
         "        D = tl.where(r[:, None] == j + 1, d[None, :], D)",
     ),
-    "lambda dropped": ("precondition", "new = kept * d + tl.sum(", "new = d + tl.sum("),
+    "lambda dropped": ("precondition", "new = kept * d + total(", "new = d + total("),
     "lambda dropped where clips fire": (
         "precondition",
         "raw_t += tl.exp(one(forget, t, end, h, HV)) * new",
@@ -200,7 +200,7 @@ KERNEL_MUTANTS = {
     "last clip forgotten": ("precondition", "fired = m", "fired = begun"),
     "adjoint of d without the feedback": (
         "precondition",
-        "new = rest + kept * adj - tl.sum(xx * (eta * c2 * ps)[:, None], 0)",
+        "new = rest + kept * adj - total(xx, (eta * c2 * ps)[:, None])",
         "new = rest + kept * adj",
     ),
     "adjoint of d without lambda": ("precondition", "new = rest + kept * adj", "new = rest + adj"),

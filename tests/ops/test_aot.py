@@ -147,6 +147,49 @@ def test_toys_over_the_limits_fail_or_are_reported(tmp_path):
     assert rows[6]["spilled"] > 256 > rows[1]["spilled"]
 
 
+LANES = """
+import json, re, tempfile
+from unittest.mock import patch
+from osdn.ops.options import Preconditioner
+from osdn.ops.triton import aot
+
+rule = Preconditioner(1.0, "beta_aware", 0.0, 2.0, normalize_step=True)
+with tempfile.TemporaryDirectory() as cache:
+    aot.environment(cache)
+    import torch, triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    cases = [aot.Case("none", K, K, torch.float32, preconditioner=rule) for K in (64, 128)]
+    with patch.object(aot, "cases", lambda: cases):
+        launches = aot.launches("sm_90")
+    seen = {}
+    for launch in launches:
+        name, config = launch.kernel.__name__, launch.configs[0]
+        if not launch.arguments.get("WALK") and name != "delta_step_kernel":
+            continue
+        found = aot._specialised(launch.kernel, launch.arguments | config, aot.TARGETS["sm_90"])
+        source = ASTSource(launch.kernel, *found)
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=config).asm["ptx"]
+        products = set(re.findall(r"mul[.]f32\\s+(%\\w+),", ptx))
+        steps = dict(re.findall(r"shfl[.]sync[.]bfly[.]b32\\s+(%\\w+), (%\\w+),", ptx))
+        addends = re.findall(r"fma[.]rn[.]f32\\s+%\\w+, %\\w+, %\\w+, (%\\w+);", ptx)
+        assert steps
+        seen.setdefault(name, []).append(sum(steps.get(x) in products for x in addends))
+    print(json.dumps(seen))
+"""
+
+
+@needs_triton
+def test_lanes_agree_on_the_sums_of_a_token():
+    """Where a lane's product is fused into a sum's first step between lanes, the other's is rounded and it is not."""
+    done = python("-c", LANES)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen.keys() == {"precondition_fwd_kernel", "precondition_bwd_kernel", "delta_step_kernel"}
+    assert not any(sum(counts) for counts in seen.values()), seen
+
+
 def test_no_limit_is_passed_unnoticed():
     case, wide = aot.Case("scalar"), aot.Case("scalar", K=256)
 

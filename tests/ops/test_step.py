@@ -224,22 +224,22 @@ def test_all_slots_may_be_skipped(backend):
 GROUPED = replace(SLOTS, T=12, B=2, H=2, HV=4)
 CHANNEL = replace(SLOTS, T=12, B=2, decay="channel", normalize_step=True, qk_l2norm=False, K=200, V=30, eta=40.0)
 MUTANTS = {
-    "read with the write key": ("tl.sum(tile * kx[:, None], 0)", "tl.sum(tile * w[:, None], 0)", SLOTS),
+    "read with the write key": ("total(tile, kx[:, None])", "total(tile, w[:, None])", SLOTS),
     "write with the read key": ("tile += w[:, None]", "tile += kx[:, None]", SLOTS),
     "residual on the undecayed state": (
-        "            tile *= decay\n        r = vx - tl.sum(tile * kx[:, None], 0)",
-        "            r = vx - tl.sum(tile * kx[:, None], 0)\n            tile *= decay",
+        "            tile *= decay\n        r = vx - total(tile, kx[:, None])",
+        "            r = vx - total(tile, kx[:, None])\n            tile *= decay",
         SLOTS,
     ),
-    "output before the write": ("scale * tl.sum(tile *", "scale * tl.sum((tile - w[:, None] * (step * r)) *", SLOTS),
-    "no scale": ("(scale * tl.sum(", "(tl.sum(", SLOTS),
+    "output before the write": ("scale * total(tile,", "scale * total(tile - w[:, None] * (step * r),", SLOTS),
+    "no scale": ("(scale * total(", "(total(", SLOTS),
     "no beta in the write": ("(step * r)[None, :]", "r[None, :]", SLOTS),
     "d after its own update": ("if DECAY == 1:", "w = after * kx\n    if DECAY == 1:", SLOTS),
     "d not stored": ("tl.store(at, after, i < K)", "tl.store(at, used, i < K)", SLOTS),
     "lambda dropped": ("kept = tl.exp(", "kept = used  # ", SLOTS),
     "residual against the forgotten d": (
-        "        x = tl.sum(used * s, 0)",
-        "        if FORGET:\n            used *= tl.exp(tl.load(forget + b * HV + h))\n        x = tl.sum(used * s, 0)",
+        "        x = total(used, s)",
+        "        if FORGET:\n            used *= tl.exp(tl.load(forget + b * HV + h))\n        x = total(used, s)",
         SLOTS,
     ),
     "aware without the inner beta": ("(1.0 - step * x)", "(1.0 - x)", SLOTS),

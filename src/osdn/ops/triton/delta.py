@@ -29,6 +29,7 @@ from osdn.ops.triton.shared import (
     rows,
     sequence_at,
     store_rows,
+    total,
 )
 
 
@@ -548,7 +549,7 @@ def delta_intra_bwd_kernel(
             dqa *= ups
             dka *= ups
             dwa *= behinds
-            ended = ended * kept_each + tl.sum(wd.to(tl.float32) * dwa, 0)
+            ended = ended * kept_each + total(wd.to(tl.float32), dwa)
             dqa += diagonal * wd.to(tl.float32)
             dwa += diagonal * qn
             lowest = first_level(x)
@@ -559,7 +560,7 @@ def delta_intra_bwd_kernel(
             store_rows(dg, y + ended[None, :], first, end, h, HV, K, C, BB, at)
         else:
             if DECAY == 1:
-                lost += ended * kept + tl.sum(wd.to(tl.float32) * dwa, 0)
+                lost += ended * kept + total(wd.to(tl.float32), dwa)
             dqa = tl.dot(dP, wd, dqa, input_precision=PRECISION)
             dka = tl.dot(dA, wd, dka, input_precision=PRECISION)
             dwa = tl.dot(tl.trans(dP), qd, dwa, input_precision=PRECISION)

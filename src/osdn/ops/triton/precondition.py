@@ -28,6 +28,7 @@ from osdn.ops.triton.shared import (
     rows,
     sequence_at,
     store_rows,
+    total,
 )
 
 
@@ -224,8 +225,8 @@ def fetch(
 def stays(d, kept, step, s, d_min, d_max, K: tl.constexpr, BK: tl.constexpr):
     """Whether no update of a chunk by step [C], s [C, BK] can take d out of the box: none can pass these sums."""
     up = tl.maximum(step, 0.0)
-    low = tl.minimum(d, kept * d) + tl.sum(s * (step - up)[:, None], 0)
-    high = tl.maximum(d, kept * d) + tl.sum(s * up[:, None], 0)
+    low = tl.minimum(d, kept * d) + total(s, (step - up)[:, None])
+    high = tl.maximum(d, kept * d) + total(s, up[:, None])
     return tl.min(((tl.arange(0, BK) >= K) | ((low >= d_min) & (high <= d_max))).to(tl.int32), 0) > 0
 
 
@@ -267,7 +268,7 @@ def precondition_fwd_kernel(
         first = begin + m * C
         tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
         solved = tl.sum(M * (c1 - c2 * tl.sum(xx * d[None, :], 1))[None, :], 1)
-        new = kept * d + tl.sum(xx * (eta * solved * behind)[:, None], 0)
+        new = kept * d + total(xx, (eta * solved * behind)[:, None])
         safe = True
         if WALK:
             safe = stays(d, kept, eta * solved * r2, xx, d_min, d_max, K, BK)
@@ -282,9 +283,9 @@ def precondition_fwd_kernel(
                     b = 1.0
                     if AWARE:
                         b = one(beta, t, end, h, HV)
-                    error = b * (1.0 - b * tl.sum(new * sq, 0))
+                    error = b * (1.0 - b * total(new, sq))
                     if NORMALIZE:
-                        error /= tl.sum(sq, 0) + 1e-5
+                        error /= total(y, y) + 1e-5
                     raw_t = eta * error * sq
                     if FORGET:
                         raw_t += tl.exp(one(forget, t, end, h, HV)) * new
@@ -399,7 +400,7 @@ def precondition_local_kernel(
         if OF_WRITE_KEY:
             y *= x
         i = block * BB + tl.arange(0, BB)
-        tl.store(adj_local + (c * HV + h) * K + i, tl.sum(y * G[:, None], 0), i < K)
+        tl.store(adj_local + (c * HV + h) * K + i, total(y, G[:, None]), i < K)
         hs += tl.sum(x * x * tl.dot(R, y.to(DT), input_precision=PRECISION), 1)
     t = first + tl.arange(0, C)
     tl.store(h_local + t * HV + h, hs, t < end)
@@ -449,8 +450,8 @@ def precondition_bwd_kernel(
         row = ((c + m) * HV + h) * K + i
         rest = tl.load(adj_local + row, i < K, 0.0)
         tl.store(adj_ends + row, adj, i < K)
-        ps = tl.sum(M * (hs + behind * tl.sum(xx * adj[None, :], 1))[:, None], 0)
-        new = rest + kept * adj - tl.sum(xx * (eta * c2 * ps)[:, None], 0)
+        ps = total(M, (hs + behind * tl.sum(xx * adj[None, :], 1))[:, None])
+        new = rest + kept * adj - total(xx, (eta * c2 * ps)[:, None])
         fired = False
         if WALK:
             fired = tl.load(active + (c + m) * HV + h) > 0
@@ -471,9 +472,9 @@ def precondition_bwd_kernel(
                         b = one(beta, t, end, h, HV)
                     b *= b
                     if NORMALIZE:
-                        b /= tl.sum(sq, 0) + 1e-5
+                        b /= total(y, y) + 1e-5
                     through = tl.where(((inside >> v) & 1) == 1, new, 0.0)
-                    p_t = tl.sum(through * sq, 0)
+                    p_t = total(through, sq)
                     tl.store(p + t * HV + h, p_t, t < end)
                     if FORGET:
                         through *= tl.exp(one(forget, t, end, h, HV))

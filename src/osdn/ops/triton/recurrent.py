@@ -12,6 +12,7 @@ from torch import Tensor
 
 from osdn.ops.options import Preconditioner
 from osdn.ops.triton.launch import CONFIGS, launch
+from osdn.ops.triton.shared import total
 
 # TILE: how many entries of S a program has in registers at a time. Small, so that several programs share a processor
 # and one's loads overlap the others' sums.
@@ -60,20 +61,20 @@ def delta_step_kernel(
     qx = tl.load(q + b * q_row + hk * K + i, i < K, 0.0).to(tl.float32)
     step = tl.load(beta + b * HV + h).to(tl.float32)
     if L2NORM:
-        kx *= tl.rsqrt(tl.sum(kx * kx, 0) + 1e-6)
-        qx *= tl.rsqrt(tl.sum(qx * qx, 0) + 1e-6)
+        kx *= tl.rsqrt(total(kx, kx) + 1e-6)
+        qx *= tl.rsqrt(total(qx, qx) + 1e-6)
     w = kx
     if PRECONDITIONED:
         at = d + (slot * HV + h) * K + i
         used = tl.load(at, i < K, 0.0)
         w = used * kx
         s = kx * kx
-        x = tl.sum(used * s, 0)
+        x = total(used, s)
         e = 1.0 - x
         if AWARE:
             e = step * (1.0 - step * x)
         if NORMALIZE:
-            e = e / (tl.sum(s, 0) + 1e-5)
+            e = e / (total(kx, kx) + 1e-5)
         kept = used
         if FORGET:
             kept = tl.exp(tl.load(forget + b * HV + h).to(tl.float32)) * used
@@ -93,12 +94,12 @@ def delta_step_kernel(
         vx = tl.load(v + b * v_row + h * V + block * BV + u, live, 0.0).to(tl.float32)
         if DECAY > 0:
             tile *= decay
-        r = vx - tl.sum(tile * kx[:, None], 0)
+        r = vx - total(tile, kx[:, None])
         tile += w[:, None] * (step * r)[None, :]
         # Of a tensor with fewer entries than the program has threads, several threads read an entry and one writes it.
         tl.debug_barrier()
         tl.store(entries + block * BV, tile, (i < K)[:, None] & live[None, :])
-        tl.store(o + value, (scale * tl.sum(tile * qx[:, None], 0)).to(o.dtype.element_ty), live)
+        tl.store(o + value, (scale * total(tile, qx[:, None])).to(o.dtype.element_ty), live)
         if NV > 1:
             tile = ahead
     if PRECONDITIONED:

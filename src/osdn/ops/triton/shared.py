@@ -98,6 +98,20 @@ def exp(logarithm):
 
 
 @triton.jit
+def total(x, y):
+    """The sum of x y over the first axis, the same to the bit in all lanes that have it.
+
+    Where a lane has one product of a sum, compilers fuse that into the first step between two lanes: each rounds the
+    other's product and not its own, and Triton 3.9 has them all write what they found to one place. So the product
+    is fused with 0 beforehand. Of more than 32 rows, a lane has several.
+    """
+    products = x * y
+    if products.numel <= 32 * products.shape[-1]:
+        products = tl.fma(x, y, 0.0)
+    return tl.sum(products, 0)
+
+
+@triton.jit
 def between(later, earlier, C: tl.constexpr):
     """[C, C] exp(later_t - earlier_j) at (t, j), j < t, of two sums from `log_sums`; 1 elsewhere."""
     i = tl.arange(0, C)
