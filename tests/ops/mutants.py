@@ -179,7 +179,7 @@ KERNEL_MUTANTS = {
     "lambda dropped": ("precondition", "new = kept * d + total(", "new = d + total("),
     "lambda dropped where clips fire": (
         "precondition",
-        "raw_t += tl.exp(one(forget, t, end, h, HV)) * new",
+        "raw_t += tl.exp(log_kept) * new",
         "raw_t += new",
     ),
     "first token sees lambda": (
@@ -207,7 +207,7 @@ KERNEL_MUTANTS = {
     "clip passes its gradient": ("precondition", "(((inside >> v) & 1) == 1, new, 0.0)", "(sq >= 0, new, 0.0)"),
     "adjoint of d without lambda where clips fire": (
         "precondition",
-        "through *= tl.exp(one(forget, t, end, h, HV))",
+        "through *= tl.exp(log_kept)",
         "through *= 1.0",
     ),
     "segments on the way back by the map itself": (

@@ -80,6 +80,21 @@ def one(x, t, end, h, heads):
 
 
 @triton.jit
+def token(
+    k, rk, x, forget, t, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    FORGET: tl.constexpr, start=0,
+):  # fmt: skip
+    """Of token t: key [BK], its entry of x [tokens, HV] (1 without x) and log lambda (0 without), asked for ahead."""
+    own = tl.full([], 1.0, tl.float32)
+    if x is not None:
+        own = one(x, t, end, h, HV)
+    kept = tl.zeros([], tl.float32)
+    if FORGET:
+        kept = one(forget, t, end, h, HV)
+    return key(k, rk, t, end, h, H, HV, K, BK, start), own, kept
+
+
+@triton.jit
 def clip(x, d_min, d_max):
     x = tl.where(x < d_min, d_min, x)  # unlike minimum and maximum, this keeps a NaN
     return tl.where(x > d_max, d_max, x)
@@ -89,30 +104,33 @@ def clip(x, d_min, d_max):
 def walk(
     k, rk, forget, e, d, first, end, h, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
-    start=0,
+    start=0, AHEAD: tl.constexpr = False,
 ):  # fmt: skip
     """The chunk's tokens one by one, e given: d_t [C, BK], and one bit per token where its clip was inactive [BK].
 
-    Lanes beyond K stay as they are: there an infinite step is 0 times infinity.
+    Lanes beyond K stay as they are: there an infinite step is 0 times infinity. AHEAD: all of a token is asked for
+    while the one before is worked out, which takes registers that a kernel with other work needs.
     """
     r = tl.arange(0, C)
     D = tl.zeros([C, BK], tl.float32)
     inside = tl.zeros([BK], tl.int64)
     i = start + tl.arange(0, BK)
-    x_n = key(k, rk, first, end, h, H, HV, K, BK, start)
+    x, e_t, log_kept = token(k, rk, e, forget, first, end, h, H, HV, K, BK, FORGET, start)
     for j in range(0, C):
         t = first + j
-        x = x_n
-        x_n = key(k, rk, t + 1, end, h, H, HV, K, BK, start)
+        x_n, e_n, log_n = token(k, rk, e, forget, t + 1, end, h, H, HV, K, BK, FORGET, start)
+        if not AHEAD:
+            _x, e_t, log_kept = token(k, rk, e, forget, t, end, h, H, HV, K, BK, FORGET, start)
         D = tl.where(r[:, None] == j, d[None, :], D)
-        raw = eta * one(e, t, end, h, HV) * (x * x)
+        raw = eta * e_t * (x * x)
         if FORGET:
-            raw += tl.exp(one(forget, t, end, h, HV)) * d
+            raw += tl.exp(log_kept) * d
         else:
             raw += d
         passes = (t >= end) | ((raw >= d_min) & (raw <= d_max))
         d = tl.where(i < tl.where(t < end, K, 0), clip(raw, d_min, d_max), d)
         inside = inside | (passes.to(tl.int64) << j)
+        x, e_t, log_kept = x_n, e_n, log_n
     return D, inside
 
 
@@ -276,21 +294,21 @@ def precondition_fwd_kernel(
             if not safe:
                 fired = m
                 new = d
+                asked = beta if AWARE else None
+                y, b, log_kept = token(k, rk, asked, forget, first, end, h, H, HV, K, BK, FORGET)
                 for u in range(0, C):
                     t = first + u
-                    y = key(k, rk, t, end, h, H, HV, K, BK)
+                    y_n, b_n, log_n = token(k, rk, asked, forget, t + 1, end, h, H, HV, K, BK, FORGET)
                     sq = y * y
-                    b = 1.0
-                    if AWARE:
-                        b = one(beta, t, end, h, HV)
                     error = b * (1.0 - b * total(new, sq))
                     if NORMALIZE:
                         error /= total(y, y) + 1e-5
                     raw_t = eta * error * sq
                     if FORGET:
-                        raw_t += tl.exp(one(forget, t, end, h, HV)) * new
+                        raw_t += tl.exp(log_kept) * new
                     else:
                         raw_t += new
+                    y, b, log_kept = y_n, b_n, log_n
                     # As in `walk`, lanes beyond K stay.
                     new = tl.where(i < tl.where(t < end, K, 0), clip(raw_t, d_min, d_max), new)
                     tl.store(e + t * HV + h, error, t < end)
@@ -457,19 +475,22 @@ def precondition_bwd_kernel(
             fired = tl.load(active + (c + m) * HV + h) > 0
             if fired:
                 start = tl.load(starts + row, i < K, 0.0)
-                _path, inside = walk(k, rk, forget, e, start, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET)
+                _path, inside = walk(
+                    k, rk, forget, e, start, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, AHEAD=True
+                )
                 new = adj
+                asked = beta if AWARE else None
+                y, b, log_kept = token(k, rk, asked, forget, first + C - 1, end, h, H, HV, K, BK, FORGET)
+                da = key(a, None, first + C - 1, end, h, HV, HV, K, BK)
                 for u in range(0, C):
                     v = C - 1 - u
                     t = first + v
-                    y = key(k, rk, t, end, h, H, HV, K, BK)
+                    before = tl.maximum(t - 1, first)
+                    y_n, b_n, log_n = token(k, rk, asked, forget, before, end, h, H, HV, K, BK, FORGET)
+                    da_n = key(a, None, before, end, h, HV, HV, K, BK)
                     sq = y * y
-                    da = tl.load(a + (t * HV + h) * K + i, i < tl.where(t < end, K, 0), 0.0).to(tl.float32)
                     if OF_WRITE_KEY:
                         da *= y
-                    b = 1.0
-                    if AWARE:
-                        b = one(beta, t, end, h, HV)
                     b *= b
                     if NORMALIZE:
                         b /= total(y, y) + 1e-5
@@ -477,8 +498,9 @@ def precondition_bwd_kernel(
                     p_t = total(through, sq)
                     tl.store(p + t * HV + h, p_t, t < end)
                     if FORGET:
-                        through *= tl.exp(one(forget, t, end, h, HV))
+                        through *= tl.exp(log_kept)
                     new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
+                    y, b, log_kept, da = y_n, b_n, log_n, da_n
         tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(fired, first, end))
         adj = new
     if not WALK:
