@@ -119,9 +119,9 @@ def walk(
     for j in range(0, C):
         t = first + j
         x_n, e_n, log_n = token(k, rk, e, forget, t + 1, end, h, H, HV, K, BK, FORGET, start)
+        D = tl.where(r[:, None] == j, d[None, :], D)
         if not AHEAD:
             _x, e_t, log_kept = token(k, rk, e, forget, t, end, h, H, HV, K, BK, FORGET, start)
-        D = tl.where(r[:, None] == j, d[None, :], D)
         raw = eta * e_t * (x * x)
         if FORGET:
             raw += tl.exp(log_kept) * d
