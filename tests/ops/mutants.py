@@ -222,16 +222,16 @@ KERNEL_MUTANTS = {
     ),
     "segments begin with what they alone make": ("shared", "        x += y\n", "        x = y\n"),
     "segments pass on what S begins with unchanged": ("shared", "y = tl.dot(E", "y = 0.0 * tl.dot(E"),
-    "segments pass on what d begins with unchanged": ("shared", "y = tl.sum(E", "y = 0.0 * tl.sum(E"),
+    "segments pass on what d begins with unchanged": ("shared", "y = total(E", "y = 0.0 * total(E"),
     "segment with a clip passed on": (
         "precondition",
         "walked - skipped, 0",
         "walked, 0",
     ),
-    "gradient without the feedback's x": ("precondition", "dc2 = -ps * tl.sum(D * s, 1)", "dc2 = 0.0 * ps"),
+    "gradient without the feedback's x": ("precondition", "dc2 = -ps * total(D, s, 1)", "dc2 = 0.0 * ps"),
     "gradient of lambda, not of its logarithm": (
         "precondition",
-        "tl.sum(U * D, 1) * tl.exp(per_token(forget, first, end, h, HV, C))",
-        "tl.sum(U * D, 1)",
+        "total(U, D, 1) * tl.exp(per_token(forget, first, end, h, HV, C))",
+        "total(U, D, 1)",
     ),
 }

@@ -161,12 +161,13 @@ with tempfile.TemporaryDirectory() as cache:
     from triton.compiler import ASTSource
 
     cases = [aot.Case("none", K, K, torch.float32, preconditioner=rule) for K in (64, 128)]
+    cases += [aot.Case("scalar", K, K, preconditioner=rule) for K in (15, 16)]
     with patch.object(aot, "cases", lambda: cases):
         launches = aot.launches("sm_90")
-    seen = {}
+    seen, shuffles = {}, 0
     for launch in launches:
         name, config = launch.kernel.__name__, launch.configs[0]
-        if not launch.arguments.get("WALK") and name != "delta_step_kernel":
+        if launch.arguments["K"] > 16 and not launch.arguments.get("WALK") and name != "delta_step_kernel":
             continue
         found = aot._specialised(launch.kernel, launch.arguments | config, aot.TARGETS["sm_90"])
         source = ASTSource(launch.kernel, *found)
@@ -174,19 +175,20 @@ with tempfile.TemporaryDirectory() as cache:
         products = set(re.findall(r"mul[.]f32\\s+(%\\w+),", ptx))
         steps = dict(re.findall(r"shfl[.]sync[.]bfly[.]b32\\s+(%\\w+), (%\\w+),", ptx))
         addends = re.findall(r"fma[.]rn[.]f32\\s+%\\w+, %\\w+, %\\w+, (%\\w+);", ptx)
-        assert steps
+        shuffles += len(steps)
         seen.setdefault(name, []).append(sum(steps.get(x) in products for x in addends))
+    assert shuffles
     print(json.dumps(seen))
 """
 
 
 @needs_triton
-def test_lanes_agree_on_the_sums_of_a_token():
+def test_lanes_agree_on_sums():
     """Where a lane's product is fused into a sum's first step between lanes, the other's is rounded and it is not."""
     done = python("-c", LANES)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert seen.keys() == {"precondition_fwd_kernel", "precondition_bwd_kernel", "delta_step_kernel"}
+    assert len(seen) == 12, seen.keys()
     assert not any(sum(counts) for counts in seen.values()), seen
 
 

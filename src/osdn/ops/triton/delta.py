@@ -91,7 +91,7 @@ def meet(k, q, w, row, col, pairs, A, P, DT: tl.constexpr, PRECISION: tl.constex
 @triton.jit
 def norm(x, first, end, h, heads, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
     y = rows(x, first, end, h, heads, K, C, BK).to(tl.float32)
-    return tl.rsqrt(tl.sum(y * y, 1) + 1e-6)
+    return tl.rsqrt(total(y, y, 1) + 1e-6)
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def delta_intra_fwd_kernel(
         if DECAY == 2:
             qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
             x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
-            diagonal += tl.sum(qr.to(tl.float32) * wn, 1)
+            diagonal += total(qr.to(tl.float32), wn, 1)
             wd = wn.to(DT)
             lowest = first_level(x)
             for level in tl.range(lowest, tl.where(lowest < 0, 0, LEVELS), disable_licm=True):
@@ -426,7 +426,7 @@ def by_states(
     S = tl.load(states + entries, inside, 0.0)
     dS = tl.load(dstates + entries, inside, 0.0)
     if DECAY != 0:
-        ended += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        ended += total(S.to(tl.float32), dS.to(tl.float32), 1)
     St = tl.trans(S.to(DT))
     dq = tl.dot(do, St, dq, input_precision=PRECISION)
     dk = tl.dot(dB, St, dk, input_precision=PRECISION)
@@ -491,7 +491,7 @@ def delta_intra_bwd_kernel(
                 dod, dBd.to(DT), Ud, states, dstates, tl.arange(0, BB), bv * BV + tl.arange(0, BV), dqa, dka, dwa,
                 ended, K, V, DECAY, DT, PRECISION,
             )  # fmt: skip
-        db += tl.sum(dBd.to(tl.float32) * vr.to(tl.float32), 1)
+        db += total(dBd.to(tl.float32), vr.to(tl.float32), 1)
         vr = rows(v, first, end, h, HV, V, C, BV, (bv + 1) * BV)
         store_rows(dv, dBd.to(tl.float32) * b[:, None], first, end, h, HV, V, C, BV, bv * BV)
     dP = below(dP, C, True) * scale
@@ -565,13 +565,13 @@ def delta_intra_bwd_kernel(
             dka = tl.dot(dA, wd, dka, input_precision=PRECISION)
             dwa = tl.dot(tl.trans(dP), qd, dwa, input_precision=PRECISION)
             dwa = tl.dot(tl.trans(dA), kb, dwa, input_precision=PRECISION)
-        along_q = tl.sum(qn * dqa, 1)
+        along_q = total(qn, dqa, 1)
         total_q += along_q
         if L2NORM and BK == BB:
             dqa = (dqa - qn * total_q[:, None]) * nq[:, None]
         store_rows(dq, dqa, first, end, h, HV, K, C, BB, at)
-        along_k = tl.sum(kn * dka, 1)
-        along_w = tl.sum(wd.to(tl.float32) * dwa, 1)
+        along_k = total(kn, dka, 1)
+        along_w = total(wd.to(tl.float32), dwa, 1)
         db += along_k
         total_k += b * along_k
         if DECAY == 1:

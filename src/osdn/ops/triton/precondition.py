@@ -189,8 +189,8 @@ def precondition_solve_kernel(
     L = tl.zeros([C, C], tl.float32)
     for block in range(0, BK // BB):
         y = rows(k, first, end, hk, H, K, C, BB, block * BB).to(tl.float32)
+        n += total(y, y, 1)
         y *= y
-        n += tl.sum(y, 1)
         L = tl.dot(y, tl.trans(y), L, input_precision=PRECISION)
     r2 = tl.full([C], 1.0, tl.float32)
     if L2NORM:
@@ -285,7 +285,7 @@ def precondition_fwd_kernel(
         xx, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         first = begin + m * C
         tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
-        solved = tl.sum(M * (c1 - c2 * tl.sum(xx * d[None, :], 1))[None, :], 1)
+        solved = total(M, (c1 - c2 * total(xx, d[None, :], 1))[None, :], 1)
         new = kept * d + total(xx, (eta * solved * behind)[:, None])
         safe = True
         if WALK:
@@ -419,7 +419,7 @@ def precondition_local_kernel(
             y *= x
         i = block * BB + tl.arange(0, BB)
         tl.store(adj_local + (c * HV + h) * K + i, total(y, G[:, None]), i < K)
-        hs += tl.sum(x * x * tl.dot(R, y.to(DT), input_precision=PRECISION), 1)
+        hs += total(x * x, tl.dot(R, y.to(DT), input_precision=PRECISION), 1)
     t = first + tl.arange(0, C)
     tl.store(h_local + t * HV + h, hs, t < end)
 
@@ -468,7 +468,7 @@ def precondition_bwd_kernel(
         row = ((c + m) * HV + h) * K + i
         rest = tl.load(adj_local + row, i < K, 0.0)
         tl.store(adj_ends + row, adj, i < K)
-        ps = total(M, (hs + behind * tl.sum(xx * adj[None, :], 1))[:, None])
+        ps = total(M, (hs + behind * total(xx, adj[None, :], 1))[:, None])
         new = rest + kept * adj - total(xx, (eta * c2 * ps)[:, None])
         fired = False
         if WALK:
@@ -550,7 +550,8 @@ def precondition_grads_kernel(
     R = R.to(DT)
     x = kr.to(tl.float32) * nk[:, None]
     s = x * x
-    c1, c2 = feedback(b, tl.sum(s, 1), NORMALIZE)
+    n = total(x, x, 1)
+    c1, c2 = feedback(b, n, NORMALIZE)
     D, inside = path(
         R, G, k, rk, forget, e, errors, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
         PRECISION,
@@ -571,9 +572,9 @@ def precondition_grads_kernel(
         U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
     ds = errors[:, None] * U - (c2 * ps)[:, None] * D
     dc1 = ps
-    dc2 = -ps * tl.sum(D * s, 1)
+    dc2 = -ps * total(D, s, 1)
     if NORMALIZE:
-        n = tl.sum(s, 1) + 1e-5
+        n += 1e-5
         ds -= ((dc1 * c1 + dc2 * c2) / n)[:, None]
         dc1 = dc1 / n
         dc2 = dc2 / n
@@ -581,7 +582,7 @@ def precondition_grads_kernel(
     if OF_WRITE_KEY:
         dx += D * dw.to(tl.float32) + rest.to(tl.float32)
     if rk is not None:
-        dx = (dx - x * tl.sum(x * dx, 1)[:, None]) * nk[:, None]
+        dx = (dx - x * total(x, dx, 1)[:, None]) * nk[:, None]
     store_rows(dk, dx, first, end, h, HV, K, C, BK)
     if AWARE:
         change = dc1 + 2.0 * b * dc2
@@ -589,4 +590,4 @@ def precondition_grads_kernel(
             change += db
         tl.store(dbeta + t * HV + h, change, t < end)
     if FORGET:
-        tl.store(dforget + t * HV + h, tl.sum(U * D, 1) * tl.exp(per_token(forget, first, end, h, HV, C)), t < end)
+        tl.store(dforget + t * HV + h, total(U, D, 1) * tl.exp(per_token(forget, first, end, h, HV, C)), t < end)

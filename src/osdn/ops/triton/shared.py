@@ -98,17 +98,17 @@ def exp(logarithm):
 
 
 @triton.jit
-def total(x, y):
-    """The sum of x y over the first axis, the same to the bit in all lanes that have it.
+def total(x, y, AXIS: tl.constexpr = 0):
+    """The sum of x y over an axis, the same to the bit in all lanes that have it.
 
     Where a lane has one product of a sum, compilers fuse that into the first step between two lanes: each rounds the
     other's product and not its own, and Triton 3.9 has them all write what they found to one place. So the product
-    is fused with 0 beforehand. Of more than 32 rows, a lane has several.
+    is fused with 0 beforehand. Of more than 32 rows and columns, a lane has several.
     """
     products = x * y
-    if products.numel <= 32 * products.shape[-1]:
+    if products.numel <= 32 * products.shape[0] or products.numel <= 32 * products.shape[-1]:
         products = tl.fma(x, y, 0.0)
-    return tl.sum(products, 0)
+    return tl.sum(products, AXIS)
 
 
 @triton.jit
@@ -232,7 +232,7 @@ def chain_kernel(
             at = r[:, None] * V + u[None, :]
             E = tl.load(maps + cell * K * K + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
             if BV == 1:
-                y = tl.sum(E.to(tl.float32) * tl.trans(x), 1)[:, None]
+                y = total(E.to(tl.float32), tl.trans(x), 1)[:, None]
             else:
                 y = tl.dot(E.to(tl.float32), x, input_precision=PRECISION)
             y += tl.load(steps + cell * K * V + at, live, 0.0)
