@@ -150,7 +150,7 @@ def delta_intra_fwd_kernel(
         if PRECONDITIONED:
             start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
             # Norms as factors of rows, so that normalised keys hold no registers meanwhile.
-            D, _inside = path(
+            D = path(
                 R, G, k, rk if L2NORM else None, forget, e, errors, start, kr32 * kr32, first, end, h, fired, eta,
                 d_min, d_max, H, HV, K, C, BB, FORGET, DT, PRECISION, at,
             )  # fmt: skip

@@ -118,7 +118,8 @@ class _Rule:
         call, (HV, K) = self.call, a.shape[2:]
         p, adj_ends = call.tokens(HV), call.new(call.chunk_count, HV, K)
         local = {"h_local": call.tokens(HV), "adj_local": torch.empty_like(adj_ends)}
-        common = self.arguments | vars(path) | {"a": a, "rk": rk, "p": p, "adj_ends": adj_ends}
+        u = call.tokens(HV, K, dtype=call.stored) if self.arguments["BOX"] else None
+        common = self.arguments | vars(path) | {"a": a, "rk": rk, "p": p, "u": u, "adj_ends": adj_ends}
         common["OF_WRITE_KEY"] = dk_rest is not None
         call.by_chunk(kernels.precondition_local_kernel, **local, **common)
         passed = {**common, **local, "factors": self.factors(rk, path, False)}

@@ -65,18 +65,15 @@ def keys(
 
 
 @triton.jit
-def key(k, rk, t, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, start=0):
-    """[BK] of one token."""
+def entries(x, t, end, h, heads, K: tl.constexpr, BK: tl.constexpr, start=0):
+    """[BK] of one token and head."""
     i = start + tl.arange(0, BK)
-    x = tl.load(k + (t * H + h // (HV // H)) * K + i, i < tl.where(t < end, K, 0), 0.0).to(tl.float32)
-    if rk is not None:
-        x *= tl.load(rk + t * H + h // (HV // H), t < end, 0.0)
-    return x
+    return tl.load(x + (t * heads + h) * K + i, i < tl.where(t < end, K, 0), 0.0)
 
 
 @triton.jit
 def one(x, t, end, h, heads):
-    return tl.load(x + t * heads + h, t < end, 0.0).to(tl.float32)
+    return tl.load(x + t * heads + h, t < end, 0.0)
 
 
 @triton.jit
@@ -84,14 +81,24 @@ def token(
     k, rk, x, forget, t, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     FORGET: tl.constexpr, start=0,
 ):  # fmt: skip
-    """Of token t: key [BK], its entry of x [tokens, HV] (1 without x) and log lambda (0 without), asked for ahead."""
-    own = tl.full([], 1.0, tl.float32)
+    """Of token t as stored: key [BK], what normalises it, its entry of x [tokens, HV], log lambda; 1, 1, 0 without."""
+    norm = tl.full([], 1.0, tl.float32)
+    own = norm
+    kept = tl.zeros([], tl.float32)
+    if rk is not None:
+        norm = one(rk, t, end, h // (HV // H), H)
     if x is not None:
         own = one(x, t, end, h, HV)
-    kept = tl.zeros([], tl.float32)
     if FORGET:
         kept = one(forget, t, end, h, HV)
-    return key(k, rk, t, end, h, H, HV, K, BK, start), own, kept
+    return entries(k, t, end, h // (HV // H), H, K, BK, start), norm, own, kept
+
+
+@triton.jit
+def read(asked):
+    """What `token` left: key as used, entry of x, log lambda, in float32. Once they are needed: that waits for them."""
+    x, norm, own, kept = asked
+    return x.to(tl.float32) * norm, own.to(tl.float32), kept.to(tl.float32)
 
 
 @triton.jit
@@ -104,24 +111,23 @@ def clip(x, d_min, d_max):
 def walk(
     k, rk, forget, e, d, first, end, h, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
-    start=0, AHEAD: tl.constexpr = False,
+    start=0,
 ):  # fmt: skip
     """The chunk's tokens one by one, e given: d_t [C, BK], and one bit per token where its clip was inactive [BK].
 
-    Lanes beyond K stay as they are: there an infinite step is 0 times infinity. AHEAD: all of a token is asked for
-    while the one before is worked out, which takes registers that a kernel with other work needs.
+    Lanes beyond K stay as they are: there an infinite step is 0 times infinity. Tokens are asked for two ahead.
     """
     r = tl.arange(0, C)
     D = tl.zeros([C, BK], tl.float32)
     inside = tl.zeros([BK], tl.int64)
     i = start + tl.arange(0, BK)
-    x, e_t, log_kept = token(k, rk, e, forget, first, end, h, H, HV, K, BK, FORGET, start)
+    now = token(k, rk, e, forget, first, end, h, H, HV, K, BK, FORGET, start)
+    after = token(k, rk, e, forget, first + 1, end, h, H, HV, K, BK, FORGET, start)
     for j in range(0, C):
         t = first + j
-        x_n, e_n, log_n = token(k, rk, e, forget, t + 1, end, h, H, HV, K, BK, FORGET, start)
+        later = token(k, rk, e, forget, t + 2, end, h, H, HV, K, BK, FORGET, start)
         D = tl.where(r[:, None] == j, d[None, :], D)
-        if not AHEAD:
-            _x, e_t, log_kept = token(k, rk, e, forget, t, end, h, H, HV, K, BK, FORGET, start)
+        x, e_t, log_kept = read(now)
         raw = eta * e_t * (x * x)
         if FORGET:
             raw += tl.exp(log_kept) * d
@@ -130,7 +136,7 @@ def walk(
         passes = (t >= end) | ((raw >= d_min) & (raw <= d_max))
         d = tl.where(i < tl.where(t < end, K, 0), clip(raw, d_min, d_max), d)
         inside = inside | (passes.to(tl.int64) << j)
-        x, e_t, log_kept = x_n, e_n, log_n
+        now, after = after, later
     return D, inside
 
 
@@ -156,14 +162,12 @@ def path(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
 ):  # fmt: skip
-    """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`;
-    `inside` is all ones where no clip fired."""
-    inside = tl.full([BK], -1, tl.int64)
+    """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`."""
     if fired:
-        D, inside = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
+        D, _inside = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
     else:
         D = G[:, None] * d[None, :] + tl.dot(R.to(DT), (s * errors[:, None]).to(DT), input_precision=PRECISION)
-    return D, inside
+    return D
 
 
 @triton.jit
@@ -295,10 +299,12 @@ def precondition_fwd_kernel(
                 fired = m
                 new = d
                 asked = beta if AWARE else None
-                y, b, log_kept = token(k, rk, asked, forget, first, end, h, H, HV, K, BK, FORGET)
+                now = token(k, rk, asked, forget, first, end, h, H, HV, K, BK, FORGET)
+                after = token(k, rk, asked, forget, first + 1, end, h, H, HV, K, BK, FORGET)
                 for u in range(0, C):
                     t = first + u
-                    y_n, b_n, log_n = token(k, rk, asked, forget, t + 1, end, h, H, HV, K, BK, FORGET)
+                    later = token(k, rk, asked, forget, t + 2, end, h, H, HV, K, BK, FORGET)
+                    y, b, log_kept = read(now)
                     sq = y * y
                     error = b * (1.0 - b * total(new, sq))
                     if NORMALIZE:
@@ -308,7 +314,7 @@ def precondition_fwd_kernel(
                         raw_t += tl.exp(log_kept) * new
                     else:
                         raw_t += new
-                    y, b, log_kept = y_n, b_n, log_n
+                    now, after = after, later
                     # As in `walk`, lanes beyond K stay.
                     new = tl.where(i < tl.where(t < end, K, 0), clip(raw_t, d_min, d_max), new)
                     tl.store(e + t * HV + h, error, t < end)
@@ -389,7 +395,7 @@ def precondition_expand_kernel(
         fired = tl.load(active + c * HV + h) > 0
     R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
     errors = eta * per_token(e, first, end, h, HV, C)
-    D, _inside = path(
+    D = path(
         R, G, k, rk, forget, e, errors, start, x * x, first, end, h, fired, eta, d_min, d_max,
         H, HV, K, C, BK, FORGET, tl.float32, PRECISION,
     )  # fmt: skip
@@ -426,14 +432,14 @@ def precondition_local_kernel(
 
 @triton.jit
 def precondition_bwd_kernel(
-    a, k, rk, beta, forget, solve, factors, starts, e, active, last, h_local, adj_local, d_adj_end, p, adj_ends,
+    a, k, rk, beta, forget, solve, factors, starts, e, active, last, h_local, adj_local, d_adj_end, p, u, adj_ends,
     d_adj_0, cu_seqlens, first_chunk, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
     WALK: tl.constexpr, SPLIT: tl.constexpr, OF_WRITE_KEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """p [tokens, HV] = <u_t, s_t>, the adjoint behind each chunk -> adj_ends [chunks, HV, K], before each segment ->
-    d_adj_0 [segments, HV, K].
+    d_adj_0 [segments, HV, K]; of chunks in which a clip fired, u_t -> u [tokens, HV, K].
 
     Without WALK, each segment down to the chunk behind `last` of its sequence, the last in which a clip fired; with
     it, each sequence from that chunk to its beginning.
@@ -475,19 +481,20 @@ def precondition_bwd_kernel(
             fired = tl.load(active + (c + m) * HV + h) > 0
             if fired:
                 start = tl.load(starts + row, i < K, 0.0)
-                _path, inside = walk(
-                    k, rk, forget, e, start, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, AHEAD=True
-                )
+                _path, inside = walk(k, rk, forget, e, start, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET)
                 new = adj
                 asked = beta if AWARE else None
-                y, b, log_kept = token(k, rk, asked, forget, first + C - 1, end, h, H, HV, K, BK, FORGET)
-                da = key(a, None, first + C - 1, end, h, HV, HV, K, BK)
-                for u in range(0, C):
-                    v = C - 1 - u
+                now = token(k, rk, asked, forget, first + C - 1, end, h, H, HV, K, BK, FORGET)
+                after = token(k, rk, asked, forget, first + C - 2, end, h, H, HV, K, BK, FORGET)
+                da_now = entries(a, first + C - 1, end, h, HV, K, BK)
+                da_after = entries(a, first + C - 2, end, h, HV, K, BK)
+                for v in range(C - 1, -1, -1):
                     t = first + v
-                    before = tl.maximum(t - 1, first)
-                    y_n, b_n, log_n = token(k, rk, asked, forget, before, end, h, H, HV, K, BK, FORGET)
-                    da_n = key(a, None, before, end, h, HV, HV, K, BK)
+                    before = tl.maximum(t - 2, first)
+                    later = token(k, rk, asked, forget, before, end, h, H, HV, K, BK, FORGET)
+                    da_later = entries(a, before, end, h, HV, K, BK)
+                    y, b, log_kept = read(now)
+                    da = da_now.to(tl.float32)
                     sq = y * y
                     if OF_WRITE_KEY:
                         da *= y
@@ -497,10 +504,11 @@ def precondition_bwd_kernel(
                     through = tl.where(((inside >> v) & 1) == 1, new, 0.0)
                     p_t = total(through, sq)
                     tl.store(p + t * HV + h, p_t, t < end)
+                    tl.store(u + (t * HV + h) * K + i, through, i < tl.where(t < end, K, 0))
                     if FORGET:
                         through *= tl.exp(log_kept)
                     new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
-                    y, b, log_kept, da = y_n, b_n, log_n, da_n
+                    now, after, da_now, da_after = after, later, da_after, da_later
         tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(fired, first, end))
         adj = new
     if not WALK:
@@ -510,7 +518,7 @@ def precondition_bwd_kernel(
 
 @triton.jit
 def precondition_grads_kernel(
-    a, k, rk, beta, forget, starts, e, active, p, adj_ends, dk_rest, dbeta_rest, dk, dbeta, dforget,
+    a, k, rk, beta, forget, starts, e, active, p, u, adj_ends, dk_rest, dbeta_rest, dk, dbeta, dforget,
     cu_seqlens, chunks, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
@@ -552,24 +560,16 @@ def precondition_grads_kernel(
     s = x * x
     n = total(x, x, 1)
     c1, c2 = feedback(b, n, NORMALIZE)
-    D, inside = path(
-        R, G, k, rk, forget, e, errors, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
-        PRECISION,
-    )  # fmt: skip
     y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
     z = y - (c2 * ps)[:, None] * s
     if fired:
-        U = tl.zeros([C, BK], tl.float32)
-        for back in range(0, C):
-            v = C - 1 - back
-            live = first + v < end
-            U = tl.where(j[:, None] == v, tl.where(((inside >> v) & 1) == 1, adj, 0.0)[None, :], U)
-            through = tl.sum(tl.where(j[:, None] == v, U, 0.0), 0)
-            if FORGET:
-                through *= tl.exp(one(forget, first + v, end, h, HV))
-            adj = tl.where(live, tl.sum(tl.where(j[:, None] == v, z, 0.0), 0) + through, adj)
+        U = rows(u, first, end, h, HV, K, C, BK).to(tl.float32)
     else:
         U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
+    D = path(
+        R, G, k, rk, forget, e, errors, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
+        PRECISION,
+    )  # fmt: skip
     ds = errors[:, None] * U - (c2 * ps)[:, None] * D
     dc1 = ps
     dc2 = -ps * total(D, s, 1)
