@@ -204,7 +204,7 @@ KERNEL_MUTANTS = {
         "new = rest + kept * adj",
     ),
     "adjoint of d without lambda": ("precondition", "new = rest + kept * adj", "new = rest + adj"),
-    "clip passes its gradient": ("precondition", "(((inside >> v) & 1) == 1, new, 0.0)", "(sq >= 0, new, 0.0)"),
+    "clip passes its gradient": ("precondition", "(((bits >> (v + o)) & 1) == 1, new, 0.0)", "(sq >= 0, new, 0.0)"),
     "adjoint of d without lambda where clips fire": (
         "precondition",
         "through *= tl.exp(log_kept)",
@@ -227,6 +227,12 @@ KERNEL_MUTANTS = {
         "precondition",
         "walked - skipped, 0",
         "walked, 0",
+    ),
+    "clip of the token before": ("precondition", "<< (v + u)", "<< (v + u + 1)"),
+    "gradients where clips fire by no adjoint": (
+        "precondition",
+        "U = rows(u, first, end, h, HV, K, C, BK).to(tl.float32)",
+        "U = 0.0 * s",
     ),
     "gradient without the feedback's x": ("precondition", "dc2 = -ps * total(D, s, 1)", "dc2 = 0.0 * ps"),
     "gradient of lambda, not of its logarithm": (

@@ -78,27 +78,42 @@ def one(x, t, end, h, heads):
 
 @triton.jit
 def token(
-    k, rk, x, forget, t, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    FORGET: tl.constexpr, start=0,
+    k, rk, x, forget, a, t, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    FORGET: tl.constexpr, start,
 ):  # fmt: skip
-    """Of token t as stored: key [BK], what normalises it, its entry of x [tokens, HV], log lambda; 1, 1, 0 without."""
+    """As stored, of token t: key, what normalises it, entries of x and forget, row of a; 1 for what is absent."""
     norm = tl.full([], 1.0, tl.float32)
-    own = norm
-    kept = tl.zeros([], tl.float32)
+    entry, kept, row = norm, norm, norm
     if rk is not None:
         norm = one(rk, t, end, h // (HV // H), H)
     if x is not None:
-        own = one(x, t, end, h, HV)
+        entry = one(x, t, end, h, HV)
     if FORGET:
         kept = one(forget, t, end, h, HV)
-    return entries(k, t, end, h // (HV // H), H, K, BK, start), norm, own, kept
+    if a is not None:
+        row = entries(a, t, end, h, HV, K, BK, start)
+    return entries(k, t, end, h // (HV // H), H, K, BK, start), norm, entry, kept, row
+
+
+@triton.jit
+def four(
+    k, rk, x, forget, a, t, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    FORGET: tl.constexpr,
+):  # fmt: skip
+    """Tokens from t on, asked for while the four before are worked out: a load takes longer than a token."""
+    return (
+        token(k, rk, x, forget, a, t, end, h, H, HV, K, BK, FORGET, 0),
+        token(k, rk, x, forget, a, t + 1, end, h, H, HV, K, BK, FORGET, 0),
+        token(k, rk, x, forget, a, t + 2, end, h, H, HV, K, BK, FORGET, 0),
+        token(k, rk, x, forget, a, t + 3, end, h, H, HV, K, BK, FORGET, 0),
+    )
 
 
 @triton.jit
 def read(asked):
-    """What `token` left: key as used, entry of x, log lambda, in float32. Once they are needed: that waits for them."""
-    x, norm, own, kept = asked
-    return x.to(tl.float32) * norm, own.to(tl.float32), kept.to(tl.float32)
+    """What `token` left, in float32, the key as used. Only where it is needed: that waits for it."""
+    x, norm, entry, kept, row = asked
+    return x.to(tl.float32) * norm, entry.to(tl.float32), kept.to(tl.float32), row.to(tl.float32)
 
 
 @triton.jit
@@ -113,31 +128,28 @@ def walk(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
     start=0,
 ):  # fmt: skip
-    """The chunk's tokens one by one, e given: d_t [C, BK], and one bit per token where its clip was inactive [BK].
+    """d_t [C, BK], the chunk's tokens one by one, e given.
 
-    Lanes beyond K stay as they are: there an infinite step is 0 times infinity. Tokens are asked for two ahead.
+    Lanes beyond K stay as they are: there an infinite step is 0 times infinity.
     """
     r = tl.arange(0, C)
     D = tl.zeros([C, BK], tl.float32)
-    inside = tl.zeros([BK], tl.int64)
     i = start + tl.arange(0, BK)
-    now = token(k, rk, e, forget, first, end, h, H, HV, K, BK, FORGET, start)
-    after = token(k, rk, e, forget, first + 1, end, h, H, HV, K, BK, FORGET, start)
+    now = token(k, rk, e, forget, None, first, end, h, H, HV, K, BK, FORGET, start)
+    after = token(k, rk, e, forget, None, first + 1, end, h, H, HV, K, BK, FORGET, start)
     for j in range(0, C):
         t = first + j
-        later = token(k, rk, e, forget, t + 2, end, h, H, HV, K, BK, FORGET, start)
+        later = token(k, rk, e, forget, None, t + 2, end, h, H, HV, K, BK, FORGET, start)
         D = tl.where(r[:, None] == j, d[None, :], D)
-        x, e_t, log_kept = read(now)
+        x, e_t, log_kept, _a = read(now)
         raw = eta * e_t * (x * x)
         if FORGET:
             raw += tl.exp(log_kept) * d
         else:
             raw += d
-        passes = (t >= end) | ((raw >= d_min) & (raw <= d_max))
         d = tl.where(i < tl.where(t < end, K, 0), clip(raw, d_min, d_max), d)
-        inside = inside | (passes.to(tl.int64) << j)
         now, after = after, later
-    return D, inside
+    return D
 
 
 @triton.jit
@@ -164,7 +176,7 @@ def path(
 ):  # fmt: skip
     """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`."""
     if fired:
-        D, _inside = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
+        D = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
     else:
         D = G[:, None] * d[None, :] + tl.dot(R.to(DT), (s * errors[:, None]).to(DT), input_precision=PRECISION)
     return D
@@ -244,6 +256,13 @@ def fetch(
 
 
 @triton.jit
+def clips(solve, cell, C: tl.constexpr):
+    """Of a chunk that was walked through, C bits for each channel in place of M, which has room for 16 C channels."""
+    WORD: tl.constexpr = tl.int64 if C == 64 else tl.int32 if C == 32 else tl.int16
+    return (solve + cell * C * C).to(tl.pointer_type(WORD))
+
+
+@triton.jit
 def stays(d, kept, step, s, d_min, d_max, K: tl.constexpr, BK: tl.constexpr):
     """Whether no update of a chunk by step [C], s [C, BK] can take d out of the box: none can pass these sums."""
     up = tl.maximum(step, 0.0)
@@ -263,7 +282,8 @@ def precondition_fwd_kernel(
     """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], d_end [segments, HV, K].
 
     Without WALK, as if no clip fired. With it, each sequence from its chunk `stops` [N, HV] on, token by token where
-    one might: -> active [chunks, HV], and the last such chunk, or -1 -> last [N, HV].
+    one might: -> active [chunks, HV], in place of its M a bit for each token whose clip was inactive, and the last
+    such chunk, or -1 -> last [N, HV].
     """
     n = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
@@ -298,26 +318,29 @@ def precondition_fwd_kernel(
             if not safe:
                 fired = m
                 new = d
-                asked = beta if AWARE else None
-                now = token(k, rk, asked, forget, first, end, h, H, HV, K, BK, FORGET)
-                after = token(k, rk, asked, forget, first + 1, end, h, H, HV, K, BK, FORGET)
-                for u in range(0, C):
-                    t = first + u
-                    later = token(k, rk, asked, forget, t + 2, end, h, H, HV, K, BK, FORGET)
-                    y, b, log_kept = read(now)
-                    sq = y * y
-                    error = b * (1.0 - b * total(new, sq))
-                    if NORMALIZE:
-                        error /= total(y, y) + 1e-5
-                    raw_t = eta * error * sq
-                    if FORGET:
-                        raw_t += tl.exp(log_kept) * new
-                    else:
-                        raw_t += new
-                    now, after = after, later
-                    # As in `walk`, lanes beyond K stay.
-                    new = tl.where(i < tl.where(t < end, K, 0), clip(raw_t, d_min, d_max), new)
-                    tl.store(e + t * HV + h, error, t < end)
+                bits = tl.zeros([BK], tl.int64)
+                strength = beta if AWARE else None
+                asked = four(k, rk, strength, forget, None, first, end, h, H, HV, K, BK, FORGET)
+                for v in range(0, C, 4):
+                    later = four(k, rk, strength, forget, None, first + v + 4, end, h, H, HV, K, BK, FORGET)
+                    for u in tl.static_range(4):
+                        t = first + v + u
+                        y, b, log_kept, _a = read(asked[u])
+                        sq = y * y
+                        error = b * (1.0 - b * total(new, sq))
+                        if NORMALIZE:
+                            error /= total(y, y) + 1e-5
+                        raw_t = eta * error * sq
+                        if FORGET:
+                            raw_t += tl.exp(log_kept) * new
+                        else:
+                            raw_t += new
+                        bits |= ((raw_t >= d_min) & (raw_t <= d_max)).to(tl.int64) << (v + u)
+                        # As in `walk`, lanes beyond K stay.
+                        new = tl.where(i < tl.where(t < end, K, 0), clip(raw_t, d_min, d_max), new)
+                        tl.store(e + t * HV + h, error, t < end)
+                    asked = later
+                tl.store(clips(solve, (c + m) * HV + h, C) + i, bits, i < K)
         tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(safe, end, first))
         d = new
     if WALK:
@@ -432,7 +455,7 @@ def precondition_local_kernel(
 
 @triton.jit
 def precondition_bwd_kernel(
-    a, k, rk, beta, forget, solve, factors, starts, e, active, last, h_local, adj_local, d_adj_end, p, u, adj_ends,
+    a, k, rk, beta, forget, solve, factors, active, last, h_local, adj_local, d_adj_end, p, u, adj_ends,
     d_adj_0, cu_seqlens, first_chunk, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
@@ -480,35 +503,30 @@ def precondition_bwd_kernel(
         if WALK:
             fired = tl.load(active + (c + m) * HV + h) > 0
             if fired:
-                start = tl.load(starts + row, i < K, 0.0)
-                _path, inside = walk(k, rk, forget, e, start, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET)
+                bits = tl.load(clips(solve, (c + m) * HV + h, C) + i, i < K, 0)
                 new = adj
-                asked = beta if AWARE else None
-                now = token(k, rk, asked, forget, first + C - 1, end, h, H, HV, K, BK, FORGET)
-                after = token(k, rk, asked, forget, first + C - 2, end, h, H, HV, K, BK, FORGET)
-                da_now = entries(a, first + C - 1, end, h, HV, K, BK)
-                da_after = entries(a, first + C - 2, end, h, HV, K, BK)
-                for v in range(C - 1, -1, -1):
-                    t = first + v
-                    before = tl.maximum(t - 2, first)
-                    later = token(k, rk, asked, forget, before, end, h, H, HV, K, BK, FORGET)
-                    da_later = entries(a, before, end, h, HV, K, BK)
-                    y, b, log_kept = read(now)
-                    da = da_now.to(tl.float32)
-                    sq = y * y
-                    if OF_WRITE_KEY:
-                        da *= y
-                    b *= b
-                    if NORMALIZE:
-                        b /= total(y, y) + 1e-5
-                    through = tl.where(((inside >> v) & 1) == 1, new, 0.0)
-                    p_t = total(through, sq)
-                    tl.store(p + t * HV + h, p_t, t < end)
-                    tl.store(u + (t * HV + h) * K + i, through, i < tl.where(t < end, K, 0))
-                    if FORGET:
-                        through *= tl.exp(log_kept)
-                    new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
-                    now, after, da_now, da_after = after, later, da_after, da_later
+                strength = beta if AWARE else None
+                asked = four(k, rk, strength, forget, a, first + C - 4, end, h, H, HV, K, BK, FORGET)
+                for v in range(C - 4, -1, -4):
+                    before = first + tl.maximum(v - 4, 0)
+                    later = four(k, rk, strength, forget, a, before, end, h, H, HV, K, BK, FORGET)
+                    for o in tl.static_range(3, -1, -1):
+                        t = first + v + o
+                        y, b, log_kept, da = read(asked[o])
+                        sq = y * y
+                        if OF_WRITE_KEY:
+                            da *= y
+                        b *= b
+                        if NORMALIZE:
+                            b /= total(y, y) + 1e-5
+                        through = tl.where(((bits >> (v + o)) & 1) == 1, new, 0.0)
+                        p_t = total(through, sq)
+                        tl.store(p + t * HV + h, p_t, t < end)
+                        tl.store(u + (t * HV + h) * K + i, through, i < tl.where(t < end, K, 0))
+                        if FORGET:
+                            through *= tl.exp(log_kept)
+                        new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
+                    asked = later
         tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(fired, first, end))
         adj = new
     if not WALK:
