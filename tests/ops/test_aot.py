@@ -162,6 +162,8 @@ with tempfile.TemporaryDirectory() as cache:
 
     cases = [aot.Case("none", K, K, torch.float32, preconditioner=rule) for K in (64, 128)]
     cases += [aot.Case("scalar", K, K, preconditioner=rule) for K in (15, 16)]
+    boxless = Preconditioner(1.0, "beta_free", -float("inf"), float("inf"))
+    cases += [aot.Case("none", 16, 16, preconditioner=boxless, forget=False)]
     with patch.object(aot, "cases", lambda: cases):
         launches = aot.launches("sm_90")
     seen, shuffles = {}, 0

@@ -580,10 +580,9 @@ def precondition_grads_kernel(
     c1, c2 = feedback(b, n, NORMALIZE)
     y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
     z = y - (c2 * ps)[:, None] * s
-    if fired:
+    U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
+    if BOX and fired:
         U = rows(u, first, end, h, HV, K, C, BK).to(tl.float32)
-    else:
-        U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
     D = path(
         R, G, k, rk, forget, e, errors, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
         PRECISION,
