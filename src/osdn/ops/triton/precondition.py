@@ -130,7 +130,8 @@ def walk(
 ):  # fmt: skip
     """d_t [C, BK], the chunk's tokens one by one, e given.
 
-    Lanes beyond K stay as they are: there an infinite step is 0 times infinity.
+    Lanes beyond K stay as they are: there an infinite step is 0 times infinity. Tokens are asked for two ahead, not by
+    `four`, for which `delta_intra_fwd` has no registers.
     """
     r = tl.arange(0, C)
     D = tl.zeros([C, BK], tl.float32)
