@@ -404,6 +404,7 @@ def test_compile_keeps_the_graph_whole_under_an_active_box(decay):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch 2.11's inductor
 def test_one_compiled_graph_serves_many_lengths():
     """Whole chunks or not, and fewer tokens than a chunk: at most a graph for each, however many lengths."""
     graphs = []
