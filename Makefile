@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: env demo test train-smoke aot bench gpu-test gpu-bench clean
+.PHONY: env demo test train-smoke aot bench gpu-test gpu-sanitize gpu-bench clean
 
 env: $(STAMP)
 
@@ -51,7 +51,13 @@ gpu-test:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -rs tests/ops/test_triton.py tests/ops/test_step.py \
 	tests/ops/test_chunked.py tests/train/test_fsdp.py tests/train/test_sharded.py
 
-# As above, and tyro. BENCH selects, since peers tune for minutes: make gpu-bench BENCH="--only 'osdn*' --limit 540".
+# Reads and writes out of bounds, and races, in minutes for each decay: compute-sanitizer comes with CUDA's toolkit.
+gpu-sanitize:
+	for tool in "memcheck --report-api-errors no" racecheck; do for decay in none scalar channel; do \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:$$PYTHONPATH \
+	compute-sanitizer --error-exitcode 1 --tool $$tool $(PYTHON) tests/ops/sanitize.py $$decay || exit 1; done; done
+
+# As for the tests, and tyro. BENCH selects, since peers tune for minutes: make gpu-bench BENCH="--only 'osdn*' --limit 540".
 gpu-bench:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m osdn.bench --suite gpu $(BENCH)
 

@@ -24,6 +24,11 @@ def python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
+def in_source():
+    sources = [path.read_text() for path in KERNELS.glob("*.py")]
+    return {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)}
+
+
 @needs_triton
 def test_kernels_compile_within_the_limits_of_every_target(tmp_path):
     done = python("-m", "osdn.ops.triton.aot", "--json", str(tmp_path / "aot.json"))
@@ -31,16 +36,10 @@ def test_kernels_compile_within_the_limits_of_every_target(tmp_path):
     written = json.loads((tmp_path / "aot.json").read_text())
     assert written["versions"]["TRITON_DEFAULT_FP_FUSION"] in ("0", "1")
     rows = written["rows"]
-    in_source = {
-        name
-        for path in KERNELS.glob("*.py")
-        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
-    }
-    assert in_source
     # Each kernel under each decay once, the targets taking turns; `make aot` compiles all for each.
     found = {(row["kernel"], decay) for row in rows for decay in row["decays"].split()}
     only = {"delta_channels_kernel": ("channel",)}
-    assert found == {(kernel, decay) for kernel in in_source for decay in only.get(kernel, aot.DECAYS)}
+    assert found == {(kernel, decay) for kernel in in_source() for decay in only.get(kernel, aot.DECAYS)}
     assert {row["target"] for row in rows} == set(aot.TARGETS)
     assert all(row["registers"] > 0 for row in rows)
 
@@ -192,6 +191,24 @@ def test_lanes_agree_on_sums():
     seen = json.loads(done.stdout)
     assert len(seen) == 12, seen.keys()
     assert not any(sum(counts) for counts in seen.values()), seen
+
+
+SANITIZED = """
+import json
+from unittest.mock import patch
+from osdn.ops.triton import aot
+import sanitize
+
+with patch.object(aot, "cases", lambda: aot.DECAYS), patch.object(aot, "call", sanitize.main):
+    print(json.dumps([x.kernel.__name__ for x in aot.launches("sm_90")]))
+"""
+
+
+@needs_triton
+def test_what_is_sanitized_is_every_kernel():
+    done = python("-c", SANITIZED, PYTHONPATH=f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == in_source()
 
 
 def test_no_limit_is_passed_unnoticed():
