@@ -38,6 +38,15 @@ if interpreted:
 
     runtime.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
 
+    # Triton 3.6 takes an index from an array of one as int() does, which NumPy 2.4 refuses.
+    patch_tensor = runtime._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    runtime._patch_lang_tensor = patch_tensor_and_index
+
 
 def chosen(path):
     return patch.dict(os.environ, ON_CPU) if interpreted and path.name in KERNELS else nullcontext()

@@ -54,9 +54,6 @@ SMALL = [
     Case(T=12, B=1, H=1, HV=3, decay="scalar", normalize_step=True),
 ]
 
-# Triton 3.6 in the interpreter, which numpy 2.4 stops altogether in the kernels of the prefill.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-
 
 def on_gpu(*values):
     return [pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=needs_gpu) for x in values]

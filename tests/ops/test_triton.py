@@ -28,8 +28,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LACKS = dispatch.why_not_triton(torch.empty(1, 1, 1, 4, device=DEVICE))
 pytestmark = [
     pytest.mark.skipif(bool(LACKS), reason=LACKS or "nothing lacks"),
-    # Triton 3.6's interpreter.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
     # What a solve that overflows prints in the interpreter.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
