@@ -197,7 +197,7 @@ KERNEL_MUTANTS = {
         "begun = tl.load(stops + n * HV + h)",
         "begun = tl.load(stops + n * HV + h) + 1",
     ),
-    "last clip forgotten": ("precondition", "fired = m", "fired = begun"),
+    "last clip forgotten": ("precondition", "latest = m", "latest = begun"),
     "adjoint of d without the feedback": (
         "precondition",
         "new = rest + kept * adj - total(xx, (eta * c2 * ps)[:, None])",
@@ -225,8 +225,8 @@ KERNEL_MUTANTS = {
     "segments pass on what d begins with unchanged": ("shared", "y = total(E", "y = 0.0 * total(E"),
     "segment with a clip passed on": (
         "precondition",
-        "walked - skipped, 0",
-        "walked, 0",
+        "until - skipped, 0",
+        "until, 0",
     ),
     "clip of the token before": ("precondition", "<< (v + u)", "<< (v + u + 1)"),
     "gradients where clips fire by no adjoint": (

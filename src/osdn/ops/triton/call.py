@@ -18,14 +18,14 @@ from osdn.ops.triton.shared import chain_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
 PROGRAMS = 128
-"""Programs of a pass over chunks, up to which sequences are split: about the processors of a GPU."""
+"""Sequences are split until a pass over chunks has so many: about the processors of a GPU."""
 CROWD = 2
 """Programs of a pass of d that a processor takes side by side."""
 SEGMENT = 16
 """Tokens for each channel of a key or value that a segment has at least: in bf16, a tenth of what is kept is then of
 segments."""
 SEGMENTS = 4
-"""Fewer (times CROWD) would save less than their maps cost."""
+"""Segments (times CROWD) that a sequence is cut into at least: fewer would save less than their maps cost."""
 _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
 """Kernels whose programs have a block of columns each."""
 

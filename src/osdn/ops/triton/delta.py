@@ -130,13 +130,13 @@ def delta_intra_fwd_kernel(
             nk = per_token(rk, first, end, hk, H, C)
         else:
             nk = norm(k, first, end, hk, H, K, C, BK)
-    fired = False
+    walked = False
     if PRECONDITIONED:
         R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
         R = R.to(DT)
         errors = eta * nk * nk * per_token(e, first, end, h, HV, C)
         if BOX:
-            fired = tl.load(active + c * HV + h) > 0
+            walked = tl.load(active + c * HV + h) > 0
     A = tl.zeros([C, C], tl.float32)
     PP = tl.zeros([C, C], tl.float32)
     diagonal = tl.zeros([C], tl.float32)
@@ -151,7 +151,7 @@ def delta_intra_fwd_kernel(
             start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
             # Norms as factors of rows, so that normalised keys hold no registers meanwhile.
             D = path(
-                R, G, k, rk if L2NORM else None, forget, e, errors, start, kr32 * kr32, first, end, h, fired, eta,
+                R, G, k, rk if L2NORM else None, forget, e, errors, start, kr32 * kr32, first, end, h, walked, eta,
                 d_min, d_max, H, HV, K, C, BB, FORGET, DT, PRECISION, at,
             )  # fmt: skip
             wn = D * (kr32 * nk[:, None])
@@ -349,7 +349,8 @@ def delta_inter_bwd_kernel(
     BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """What is not None of: dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0 [N, HV, K, V].
+    """What is not None of: dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0
+    [segments, HV, K, V].
 
     dU = P^T dO + w dS, dB = T^T dU, dS <- Gamma dS + scale q^T dO - k^T (beta dB). TURNED: all of these are held
     transposed, as S is in `delta_inter_fwd_kernel`.

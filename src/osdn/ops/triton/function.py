@@ -26,8 +26,8 @@ from osdn.ops.triton.call import Call
 
 @dataclass(frozen=True)
 class _Path:
-    """What is left of d: d before each chunk, e of each token, the chunks in which a clip fired and the last of them
-    in each sequence, transposed maps of segments, M."""
+    """What is left of d: d before each chunk, e of each token, the chunks that were walked through and the last of
+    them in each sequence, transposed maps of segments, M."""
 
     starts: Tensor | None = None
     e: Tensor | None = None
@@ -69,7 +69,7 @@ class _Rule:
     def passes(
         self, kernel: Any, begin: str, x: Tensor | None, end: str, maps: Tensor | None, **arguments: Any
     ) -> Tensor:
-        """From chunk to chunk as long as no clip fires, then, where one may, token by token in such chunks.
+        """From chunk to chunk as long as no clip may fire, then token by token in chunks where one may.
 
         x, the argument `begin` of the kernel, is what a sequence begins with; what each segment ends with is returned.
         """
@@ -334,7 +334,7 @@ def _alone(k: Tensor, beta: Tensor | None, forget: Tensor | None, cu: Tensor | N
 def _precondition(
     k: Tensor, beta: Tensor | None, forget: Tensor | None, d: Tensor, cu_seqlens: Tensor | None, rule: list[float]
 ) -> tuple[Tensor, ...]:
-    """d_t, d at the end and what the backward needs: d before each chunk, e, where clips fired."""
+    """d_t, d at the end and what the backward needs: d before each chunk, e, where clips may have fired."""
     own = _alone(k, beta, forget, cu_seqlens, rule)
     path, d_end = own.forward(d, None)
     used = own.call.tokens(*k.shape[2:])

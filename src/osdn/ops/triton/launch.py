@@ -4,8 +4,8 @@ A config holds what changes speed and not results: block sizes, warps, pipeline 
 the device's shared memory and leaves the device enough programs; nothing is timed at run time, so that a length or
 batch size never met before costs nothing, and reruns are bitwise equal.
 
-What compiles is not therefore right: of configs that were tried, some that spill many registers read shared memory
-out of bounds, and one wrote wrong results (docs/kernels.md). The tests run each of those here on a GPU.
+What compiles is not therefore right: of configs that were tried, some read shared memory out of bounds, and some wrote
+wrong results (docs/kernels.md). The tests run each of those here on a GPU.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from triton.runtime.errors import OutOfResources
 Config = dict[str, int]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
-# By kernel, or by kernel and a constant; best first, the last one is to fit 64 KiB. SINCE, BEFORE: for what capability.
-# BF16: for operands of bf16, as others take more registers; FULL: that fill their blocks, too. PROGRAMS: from how many
-# on, as wider blocks make fewer; on Hopper, with bf16 and K from 65 to 128, as tests ran it.
+# By kernel, or by kernel and a constant; best first, the last one is to fit 64 KiB. BB, BV: the channels of K and the
+# columns of V that a program takes at a time; STAGES of its loop over chunks; TURNED: its state is held transposed; the
+# rest is Triton's own. When a config is to be taken:
+#   SINCE, BEFORE   on a GPU of that capability, of an earlier one
+#   BF16            with operands of bf16, as others take more registers
+#   FULL            with those where K is the whole block, as a mask takes some, too
+#   PROGRAMS        where it leaves so many, as wider blocks make fewer; on Hopper, bf16, K from 65 to 128
 _BACK = [
     {"BV": 64, "num_warps": 4, "STAGES": 3, "TURNED": 0, "SINCE": 90, "BEFORE": 100, "BF16": 1},
     {"BV": 64, "num_warps": 4, "STAGES": 2, "TURNED": 0, "SINCE": 90, "BEFORE": 100, "BF16": 1},
@@ -127,17 +131,17 @@ def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     found = next((CONFIGS[key] for key in own if key in CONFIGS), CONFIGS[name])
     BK = arguments.get("BK", 0)
     V = arguments.get("V", arguments["K"])
-    widest = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}
+    most = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}
     if BK < 64:  # products of few columns by two groups of warps read out of bounds
-        widest["num_warps"] = 4
+        most["num_warps"] = 4
     bf16 = arguments.get("DT") is not tl.float32
     fits = {
         "BF16": bf16,
         "FULL": bf16 and arguments["K"] == BK,
-        "PROGRAMS": bf16 and BK == 128 and widest["BV"] >= 128 and since == 90,
+        "PROGRAMS": bf16 and BK == 128 and most["BV"] >= 128 and since == 90,
     }
     return [
-        {n: min(x, widest.get(n, x)) for n, x in config.items() if n not in _CONDITIONS}
+        {n: min(x, most.get(n, x)) for n, x in config.items() if n not in _CONDITIONS}
         for config in found
         if serves(config, since) and all(map(fits.get, fits.keys() & config))
     ]

@@ -1,16 +1,18 @@
 """Kernels of the preconditioner: d_{t+1} = clip(lambda_t d_t + eta e_t s_t, d_min, d_max), s = k^2, e = c1 - c2 <d, s>.
 
-    solve       M = (I + L)^-1 of every chunk, L_tj = eta c2_t R_{t-1,j} <s_t, s_j>        parallel over chunks
-    fwd         d before each chunk, and e: e = M (c1 - c2 G (s d)), d <- G_C d + eta A^T e     chunk after chunk
-    check       in which chunk of a sequence a clip might fire first                       parallel
-    expand      d_t of every token, where it is asked for                                  parallel
-    local       what the adjoint of a chunk needs that does not depend on later chunks     parallel
-    bwd         p = M^T h and the adjoint before each chunk                               chunk after chunk, backwards
+    solve       M = (I + L)^-1 of every chunk, L_tj = eta c2_t R_{t-1,j} <s_t, s_j>         parallel over chunks
+    map         what a segment of chunks does to d, as an affine map                        parallel over segments
+    fwd         d before each chunk: d <- G_C d + eta sum_t (prod_{i > t} lambda_i) e_t s_t, chunk after chunk
+                and e_t = sum_j M_tj (c1_j - c2_j G_j <s_j, d>)
+    check       in which chunk of a sequence a clip might fire first                        parallel
+    expand      d_t of every token, where it is asked for                                   parallel
+    local       what the adjoint of a chunk needs that does not depend on later chunks      parallel
+    bwd         u, the adjoint of d, before each chunk, and p_t = <u_t, s_t>                chunk after chunk, backwards
     grads       gradients of k, beta, forget from p, e and the adjoints                     parallel
 
-R_tj = prod_{j < i <= t} lambda_i, G_t = prod_{i < t} lambda_i. A chunk in which a clip may fire is walked through
-token by token and marked `active`; all else about it can be rebuilt from d before the chunk and e. All in float32, but
-for M, products of [C, K] tiles and maps that are kept, which are docs/kernels.md's subject. Derivations: docs/math.md.
+R_tj = prod_{j < i <= t} lambda_i, G_t = prod_{i < t} lambda_i. A chunk in which a clip may fire is walked through token
+by token and marked `active`; all else about it can be rebuilt from d before the chunk and e. All in float32, but for M,
+products of [C, K] tiles and maps that are kept, which are docs/kernels.md's subject. Derivations: docs/math.md.
 """
 
 import triton
@@ -20,6 +22,7 @@ from osdn.ops.triton.shared import (
     below,
     between,
     chunk_at,
+    clip,
     exp,
     invert,
     log_sums,
@@ -117,12 +120,6 @@ def read(asked):
 
 
 @triton.jit
-def clip(x, d_min, d_max):
-    x = tl.where(x < d_min, d_min, x)  # unlike minimum and maximum, this keeps a NaN
-    return tl.where(x > d_max, d_max, x)
-
-
-@triton.jit
 def walk(
     k, rk, forget, e, d, first, end, h, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
@@ -171,12 +168,12 @@ def forgetting(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET:
 
 @triton.jit
 def path(
-    R, G, k, rk, forget, e, errors, d, s, first, end, h, fired, eta, d_min, d_max,
+    R, G, k, rk, forget, e, errors, d, s, first, end, h, walked, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
 ):  # fmt: skip
     """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`."""
-    if fired:
+    if walked:
         D = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
     else:
         D = G[:, None] * d[None, :] + tl.dot(R.to(DT), (s * errors[:, None]).to(DT), input_precision=PRECISION)
@@ -294,11 +291,11 @@ def precondition_fwd_kernel(
     at = (n * HV + h).to(tl.int64) * K + i
     count = tl.cdiv(end - begin, C).to(tl.int32)
     begun = 0
-    fired = -1
+    latest = -1
     if WALK:
         begun = tl.load(stops + n * HV + h)
         if begun >= count:
-            tl.store(last + n * HV + h, fired)
+            tl.store(last + n * HV + h, latest)
             return
         at += (SPLIT - 1) * HV * K * (n + 1)
         d = tl.load(starts + ((c + begun) * HV + h) * K + i, i < K, 0.0)
@@ -317,7 +314,7 @@ def precondition_fwd_kernel(
             safe = stays(d, kept, eta * solved * r2, xx, d_min, d_max, K, BK)
             tl.store(active + (c + m) * HV + h, tl.where(safe, 0, 1))
             if not safe:
-                fired = m
+                latest = m
                 new = d
                 bits = tl.zeros([BK], tl.int64)
                 strength = beta if AWARE else None
@@ -345,7 +342,7 @@ def precondition_fwd_kernel(
         tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(safe, end, first))
         d = new
     if WALK:
-        tl.store(last + n * HV + h, fired)
+        tl.store(last + n * HV + h, latest)
     tl.store(d_end + at, d, i < K)
 
 
@@ -414,13 +411,13 @@ def precondition_expand_kernel(
     x = keys(k, rk, first, end, h, H, HV, K, C, BK)
     i = tl.arange(0, BK)
     start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-    fired = False
+    walked = False
     if BOX:
-        fired = tl.load(active + c * HV + h) > 0
+        walked = tl.load(active + c * HV + h) > 0
     R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
     errors = eta * per_token(e, first, end, h, HV, C)
     D = path(
-        R, G, k, rk, forget, e, errors, start, x * x, first, end, h, fired, eta, d_min, d_max,
+        R, G, k, rk, forget, e, errors, start, x * x, first, end, h, walked, eta, d_min, d_max,
         H, HV, K, C, BK, FORGET, tl.float32, PRECISION,
     )  # fmt: skip
     store_rows(d, D, first, end, h, HV, K, C, BK)
@@ -457,15 +454,15 @@ def precondition_local_kernel(
 @triton.jit
 def precondition_bwd_kernel(
     a, k, rk, beta, forget, solve, factors, active, last, h_local, adj_local, d_adj_end, p, u, adj_ends,
-    d_adj_0, cu_seqlens, first_chunk, eta, d_min, d_max, tokens,
+    d_adj_0, cu_seqlens, first_chunk, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
     WALK: tl.constexpr, SPLIT: tl.constexpr, OF_WRITE_KEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """p [tokens, HV] = <u_t, s_t>, the adjoint behind each chunk -> adj_ends [chunks, HV, K], before each segment ->
-    d_adj_0 [segments, HV, K]; of chunks in which a clip fired, u_t -> u [tokens, HV, K].
+    d_adj_0 [segments, HV, K]; of chunks that were walked through, u_t -> u [tokens, HV, K].
 
-    Without WALK, each segment down to the chunk behind `last` of its sequence, the last in which a clip fired; with
+    Without WALK, each segment down to the chunk behind `last` of its sequence, the last that was walked through; with
     it, each sequence from that chunk to its beginning.
     """
     n = tl.program_id(0) // HV
@@ -475,23 +472,23 @@ def precondition_bwd_kernel(
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    walked = 0
+    until = 0
     if BOX:
-        walked = tl.load(last + (n // (1 if WALK else SPLIT)) * HV + h) + 1
+        until = tl.load(last + (n // (1 if WALK else SPLIT)) * HV + h) + 1
     if WALK:
-        if walked <= 0:
+        if until <= 0:
             return
         at += (SPLIT - 1) * HV * K * n
-        adj = tl.load(adj_ends + ((c + walked - 1) * HV + h) * K + i, i < K, 0.0)
-        todo = walked
+        adj = tl.load(adj_ends + ((c + until - 1) * HV + h) * K + i, i < K, 0.0)
+        todo = until
     else:
-        walked = tl.minimum(tl.maximum(walked - skipped, 0), count).to(tl.int32)
+        until = tl.minimum(tl.maximum(until - skipped, 0), count).to(tl.int32)
         adj = tl.zeros([BK], tl.float32)
         if d_adj_end is not None:
             adj = tl.load(d_adj_end + at, i < K, 0.0)
-        todo = count - walked
+        todo = count - until
     for back in tl.range(0, todo, num_stages=STAGES):
-        m = (walked if WALK else count) - 1 - back
+        m = (until if WALK else count) - 1 - back
         xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         first = begin + m * C
         hs = per_token(h_local, first, end, h, HV, C)
@@ -500,10 +497,10 @@ def precondition_bwd_kernel(
         tl.store(adj_ends + row, adj, i < K)
         ps = total(M, (hs + behind * total(xx, adj[None, :], 1))[:, None])
         new = rest + kept * adj - total(xx, (eta * c2 * ps)[:, None])
-        fired = False
+        walked = False
         if WALK:
-            fired = tl.load(active + (c + m) * HV + h) > 0
-            if fired:
+            walked = tl.load(active + (c + m) * HV + h) > 0
+            if walked:
                 bits = tl.load(clips(solve, (c + m) * HV + h, C) + i, i < K, 0)
                 new = adj
                 strength = beta if AWARE else None
@@ -528,10 +525,10 @@ def precondition_bwd_kernel(
                             through *= tl.exp(log_kept)
                         new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
                     asked = later
-        tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(fired, first, end))
+        tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(walked, first, end))
         adj = new
     if not WALK:
-        tl.store(adj_ends + ((c + walked - 1) * HV + h) * K + i, adj, i < tl.where(walked > 0, K, 0))
+        tl.store(adj_ends + ((c + until - 1) * HV + h) * K + i, adj, i < tl.where(until > 0, K, 0))
     tl.store(d_adj_0 + at, adj, i < K)
 
 
@@ -559,9 +556,9 @@ def precondition_grads_kernel(
     # All that is read comes first, to be waited for once; decays are computed meanwhile.
     start = tl.load(starts + row, i < K, 0.0)
     adj = tl.load(adj_ends + row, i < K, 0.0)
-    fired = False
+    walked = False
     if BOX:
-        fired = tl.load(active + c * HV + h) > 0
+        walked = tl.load(active + c * HV + h) > 0
     kr = rows(k, first, end, h // (HV // H), H, K, C, BK)
     nk = tl.full([C], 1.0, tl.float32)
     if rk is not None:
@@ -582,10 +579,10 @@ def precondition_grads_kernel(
     y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
     z = y - (c2 * ps)[:, None] * s
     U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
-    if BOX and fired:
+    if BOX and walked:
         U = rows(u, first, end, h, HV, K, C, BK).to(tl.float32)
     D = path(
-        R, G, k, rk, forget, e, errors, start, s, first, end, h, fired, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
+        R, G, k, rk, forget, e, errors, start, s, first, end, h, walked, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
         PRECISION,
     )  # fmt: skip
     ds = errors[:, None] * U - (c2 * ps)[:, None] * D

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from osdn.ops.options import Preconditioner
 from osdn.ops.triton.launch import CONFIGS, launch
-from osdn.ops.triton.shared import total
+from osdn.ops.triton.shared import clip, total
 
 # TILE: how many entries of S a program has in registers at a time. Small, so that several programs share a processor
 # and one's loads overlap the others' sums.
@@ -78,9 +78,7 @@ def delta_step_kernel(
         kept = used
         if FORGET:
             kept = tl.exp(tl.load(forget + b * HV + h).to(tl.float32)) * used
-        after = kept + eta * e * s
-        after = tl.where(after < d_min, d_min, after)  # unlike minimum and maximum, these keep a NaN
-        after = tl.where(after > d_max, d_max, after)
+        after = clip(kept + eta * e * s, d_min, d_max)
     if DECAY == 1:
         decay = tl.exp(tl.load(g + b * HV + h).to(tl.float32))
     if DECAY == 2:

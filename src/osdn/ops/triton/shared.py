@@ -98,6 +98,12 @@ def exp(logarithm):
 
 
 @triton.jit
+def clip(x, d_min, d_max):
+    x = tl.where(x < d_min, d_min, x)  # unlike minimum and maximum, this keeps a NaN
+    return tl.where(x > d_max, d_max, x)
+
+
+@triton.jit
 def total(x, y, AXIS: tl.constexpr = 0):
     """The sum of x y over an axis, the same to the bit in all lanes that have it.
 
