@@ -510,8 +510,9 @@ def test_refusals_of_the_experiment():
         ({"seeds": -1}, "seeds: got -1, takes a number >= 0"),
         ({"eval_lengths": (2, 0)}, "eval_lengths: got 2 0, takes ints >= 1"),
         ({"steps": -1}, "steps: got -1, takes a number >= 0"),
-        ({"lr": 0.0}, "lr: got 0.0, takes a float > 0"),
-        ({"weight_decay": float("nan")}, "weight_decay: got nan, takes a number >= 0"),
+        ({"lr": 0.0}, "lr: got 0.0, takes a finite float > 0"),
+        ({"lr": float("inf")}, "lr: got inf, takes a finite float > 0"),
+        ({"weight_decay": float("nan")}, "weight_decay: got nan, takes a finite number >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Experiment(**fields).resolved()

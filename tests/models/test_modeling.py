@@ -360,6 +360,14 @@ def test_refused_calls(make_model, tokens):
         model()
     with pytest.raises(ValueError, match=r"got 3 x 0 tokens"):
         model(tokens[:, :0])
+    with pytest.raises(ValueError, match=r"got 0 x 13 tokens"):
+        model(tokens[:0])
+    with pytest.raises(ValueError, match=r"input_ids: got \(13,\), takes a torch.Tensor \[B, T\]"):
+        model(tokens[0])
+    with pytest.raises(ValueError, match=r"input_ids: got list"):
+        model(tokens.tolist())
+    with pytest.raises(ValueError, match=r"inputs_embeds: got \(3, 13, 5\), takes \[B, T, \d+\]"):
+        model(inputs_embeds=torch.zeros(3, 13, 5))
     with pytest.raises(ValueError, match=r"attention_mask: got \(3, 12\), takes shape \[3, >= 13\]"):
         model(tokens, attention_mask=torch.ones(3, 12))
     with pytest.raises(ValueError, match=r"position_ids: got \(3, 3, 13\)"):

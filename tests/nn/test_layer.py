@@ -235,6 +235,13 @@ def test_plain_tie_still_warns(monkeypatch):
     [
         ({"num_heads": 5}, r"head_dim: got None, takes an integer, since hidden_size 24"),
         ({"num_heads": 0}, r"num_heads: got 0"),
+        ({"num_heads": 2.0}, r"num_heads: got 2.0, takes an integer >= 1"),
+        ({"hidden_size": -4}, r"hidden_size: got -4, takes an integer >= 1"),
+        ({"head_dim": 1.5}, r"head_dim: got 1.5, takes an integer >= 1, or None"),
+        ({"expand_v": math.nan}, r"expand_v: got nan, takes a factor"),
+        ({"expand_v": math.inf}, r"expand_v: got inf, takes a factor"),
+        ({"conv_size": 1.5}, r"conv_size: got 1.5, takes an integer >= 1"),
+        ({"norm_eps": math.nan}, r"norm_eps: got nan, takes a finite number > 0"),
         ({"head_dim": 0}, r"head_dim: got 0"),
         ({"num_v_heads": 3}, r"num_v_heads: got 3, takes a multiple of num_heads, 2"),
         ({"expand_v": 0.3}, r"expand_v: got 0.3, takes a factor that makes head_dim 12 a whole number"),
@@ -250,7 +257,7 @@ def test_plain_tie_still_warns(monkeypatch):
 )
 def test_refused_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        OnlineScaledDeltaNet(24, **{"num_heads": 2, **kwargs})
+        OnlineScaledDeltaNet(**{"hidden_size": 24, "num_heads": 2, **kwargs})
 
 
 @pytest.mark.parametrize(

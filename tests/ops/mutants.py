@@ -173,14 +173,14 @@ KERNEL_MUTANTS = {
     "d shifted by one": ("precondition", "return below(R, C, False)", "return below(R, C, True)"),
     "d shifted by one where clips fire": (
         "precondition",
-        "        D = tl.where(r[:, None] == j, d[None, :], D)",
-        "        D = tl.where(r[:, None] == j + 1, d[None, :], D)",
+        "D = tl.where((r[:, None] == j)",
+        "D = tl.where((r[:, None] == j + 1)",
     ),
     "lambda dropped": ("precondition", "new = kept * d + total(", "new = d + total("),
     "lambda dropped where clips fire": (
         "precondition",
-        "raw_t += tl.exp(log_kept) * new",
-        "raw_t += new",
+        "raw += tl.exp(log_kept) * d",
+        "raw += d",
     ),
     "first token sees lambda": (
         "precondition",
@@ -197,6 +197,12 @@ KERNEL_MUTANTS = {
         "begun = tl.load(stops + n * HV + h)",
         "begun = tl.load(stops + n * HV + h) + 1",
     ),
+    "first clip a token late": (
+        "precondition",
+        "tl.minimum(inside, v + u), inside)",
+        "tl.minimum(inside, v + u + 1), inside)",
+    ),
+    "no step before the first clip": ("precondition", "moved(d, step, x * x", "moved(d, 0.0 * step, x * x"),
     "last clip forgotten": ("precondition", "latest = m", "latest = begun"),
     "adjoint of d without the feedback": (
         "precondition",
@@ -228,7 +234,7 @@ KERNEL_MUTANTS = {
         "until - skipped, 0",
         "until, 0",
     ),
-    "clip of the token before": ("precondition", "<< (v + u)", "<< (v + u + 1)"),
+    "clip of the token before": ("precondition", "<< tl.minimum(v + u,", "<< tl.minimum(v + u + 1,"),
     "gradients where clips fire by no adjoint": (
         "precondition",
         "U = rows(u, first, end, h, HV, K, C, BK).to(tl.float32)",

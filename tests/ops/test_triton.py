@@ -227,8 +227,8 @@ def test_gradients_reach_back_through_many_segments(of, monkeypatch):
 
 
 @pytest.fixture
-def active(monkeypatch):
-    """By chunk, whether clips fired: filled in by each pass over chunks."""
+def tails(monkeypatch):
+    """By chunk, how many tokens were walked through: filled in by each pass over chunks."""
     from osdn.ops.triton import launch
 
     seen, plain = [], launch._run
@@ -236,19 +236,31 @@ def active(monkeypatch):
     def spy(kernel, grid, arguments, config):
         plain(kernel, grid, arguments, config)
         if kernel.__name__ == "precondition_fwd_kernel":
-            seen.append(arguments["active"])
+            seen.append(arguments["tails"])
 
     monkeypatch.setattr(launch, "_run", spy)
-    return seen
+    return lambda: seen[-1].flatten().tolist()
+
+
+def tails_by_definition(case, x):
+    """From the first token at which a clip fires to the end of its chunk, of one sequence and head."""
+    k, beta, forget, d = (x[n].double() for n in ("k", "beta", "forget", "d"))
+    p = case.preconditioner
+    used, _ = osdn.precondition(k, beta, preconditioner=p, forget=forget, initial_d=d, backend="reference")
+    s = k.square()
+    e = beta * (1 - beta * (used * s).sum(-1))
+    moved = forget.exp()[..., None] * used + p.eta * e[..., None] * s
+    fired = ((moved < p.d_min) | (moved > p.d_max)).any(-1).flatten().split(case.chunk_size)
+    return [case.chunk_size - int(x.nonzero()[0]) if x.any() else 0 for x in fired]
 
 
 PARTLY = replace(SMALL[0], T=90, box=BOX, eta=4.0)
+QUIET = 0.05
 
 
-@cache
-def partly(early):
+def partly(early, case=PARTLY, dtype=torch.float32):
     """Six chunks. No clip in the first two; or in the first by forgetting alone, and none behind the third."""
-    x = PARTLY.tensors(torch.float32)
+    x = case.tensors(dtype)
     x["d"].clamp_(0.9, 1.0)
     if early:
         x["k"][:, :16] = 0
@@ -257,20 +269,52 @@ def partly(early):
         x["forget"][:, 48:] = 0
     else:
         x["forget"].mul_(1e-3)  # or d falls below the box by itself
-        x["k"][:, :32] *= 0.05
-    return x, *bars(PARTLY, x)
+        x["k"][:, :32] *= QUIET
+    return x
 
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("few", [False, True])
-def test_walks_through_tokens_only_where_clips_may_fire(few, early, monkeypatch, active):
+def test_walks_through_tokens_from_the_first_clip_on(few, early, monkeypatch, tails):
     from osdn.ops.triton import function
 
     in_segments(few, monkeypatch, function)
-    x, exact, allowed = partly(early)
-    over, name = excess(PARTLY, kernels(PARTLY, x), exact, allowed)
+    x = partly(early)
+    over, name = excess(PARTLY, kernels(PARTLY, x), *bars(PARTLY, x))
     assert over <= 1, (name, over)
-    assert active[-1].flatten().tolist() == ([1, 1, 1, 0, 0, 0] if early else [0, 0, 1, 1, 1, 1])
+    found = tails()
+    assert found == tails_by_definition(PARTLY, x)
+    assert [n > 0 for n in found] == ([True] * 3 + [False] * 3 if early else [False] * 2 + [True] * 4)
+    assert any(0 < n < 16 for n in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [None, "scalar"])
+@pytest.mark.parametrize(("t", "behind"), [(8, False), (24, False), (24, True)])
+def test_a_suffix_that_clips_leaves_the_prefix_bitwise_alone(t, behind, decay, dtype, tails):
+    """In the first chunk, in the first of those that are not sure to stay in the box, or behind one in which d clips.
+
+    Not under a decay per channel: how a chunk is multiplied then depends on the strongest decay in it.
+    """
+    case = replace(PARTLY, decay=decay)
+    x = partly(False, case, dtype)
+    if behind:
+        x["forget"][:, :16] = -0.1
+        x["forget"][:, 16:32] = 0
+
+    def results():
+        k, beta, forget, d = (on_device(x)[n] for n in ("k", "beta", "forget", "d"))
+        own = {"preconditioner": case.preconditioner, "forget": forget, "initial_d": d, "backend": "triton"}
+        return osdn.precondition(k, beta, **own)[0].cpu(), kernels(case, x, grads=False)["o"], tails()
+
+    d, o, before = results()
+    x["k"][:, t : t + 8] /= QUIET
+    other_d, other_o, after = results()
+    chunk = t // 16
+    assert (before[0] > 0, before[chunk] > 0, after[chunk] > 0) == (behind, False, True)
+    assert torch.equal(o[:, :t], other_o[:, :t])
+    assert torch.equal(d[:, : t + 1], other_d[:, : t + 1])
+    assert not torch.equal(o[:, t:], other_o[:, t:])
 
 
 @pytest.mark.parametrize(
@@ -486,6 +530,7 @@ DISCRIMINATING = [
     Case(T=16, B=1, H=1, K=8, decay="channel", forget=True, box=(-math.inf, 1.0), chunk_size=16),
     SEGMENTED[0],
     PARTLY,
+    replace(PARTLY, seed=7),
     Case(T=50, B=1, H=1, K=8, forget=True, qk_l2norm=True, box=NONE, chunk_size=64, eta=4.0),
 ]
 
@@ -493,9 +538,7 @@ DISCRIMINATING = [
 @cache
 def discriminating(n):
     case = DISCRIMINATING[n]
-    if case is PARTLY:
-        return case, *partly(True)
-    x = case.tensors(torch.float32)
+    x = partly(case is PARTLY, case) if case.T == PARTLY.T else case.tensors(torch.float32)
     return case, x, *bars(case, x)
 
 

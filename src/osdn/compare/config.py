@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -98,12 +99,15 @@ class Experiment:
         for name in ("eval_sequences", "hidden_size", "num_layers", "num_heads", "head_dim", "mlp_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: got {value}, takes an int >= 1")
-        for name in ("seeds", "steps", "batch_size", "seq_len", "eval_every", "warmup_steps", "weight_decay"):
-            if not (value := getattr(self, name)) >= 0:
+        for name in ("seeds", "steps", "batch_size", "seq_len", "eval_every", "warmup_steps"):
+            if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name}: got {value}, takes a number >= 0")
-        for name in ("lr", "clip"):
-            if not (value := getattr(self, name)) > 0:
-                raise ValueError(f"{name}: got {value}, takes a float > 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: got {self.weight_decay}, takes a finite number >= 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr: got {self.lr}, takes a finite float > 0")
+        if not self.clip > 0:
+            raise ValueError(f"clip: got {self.clip}, takes a float > 0")
 
     def full(self) -> Experiment:
         """The same experiment at the full length, 1,200 steps of 64 sequences; steps and batch_size must be 0."""

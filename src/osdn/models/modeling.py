@@ -182,10 +182,18 @@ class OSDNModel(OSDNPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"input_ids, inputs_embeds: got {got}, takes exactly one of the two")
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+                is_a = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+                raise ValueError(f"input_ids: got {is_a}, takes a torch.Tensor [B, T]")
+            x = self.embeddings(input_ids)
+        else:
+            x, D = inputs_embeds, self.config.hidden_size
+            if x.ndim != 3 or x.shape[2] != D:
+                raise ValueError(f"inputs_embeds: got {tuple(x.shape)}, takes [B, T, {D}]")
         B, T, _ = x.shape
-        if T == 0:
-            raise ValueError(f"input_ids, inputs_embeds: got {B} x 0 tokens, takes at least one token")
+        if B == 0 or T == 0:
+            raise ValueError(f"input_ids, inputs_embeds: got {B} x {T} tokens, takes at least one token")
         packing = _packing(B, T, attention_mask, position_ids, kwargs)
         packed = packing is not None and not packing.per_row
 

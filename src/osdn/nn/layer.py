@@ -23,7 +23,7 @@ from osdn.nn.norm import RMSNorm
 from osdn.nn.options import PreconditionerOptions
 from osdn.nn.packing import find_packing
 from osdn.ops.api import check_packing, l2norm, online_scaled_delta_rule, precondition
-from osdn.ops.options import Backend, Preconditioner, no_autocast, refuse, work_dtype
+from osdn.ops.options import Backend, Preconditioner, check_number, no_autocast, refuse, work_dtype
 from osdn.ops.state import DeltaState
 from osdn.ops.step import online_scaled_delta_step
 
@@ -148,9 +148,9 @@ class DeltaMixer(nn.Module):
             ValueError: naming the argument, what it got and what it takes.
         """
         width = self.hidden_size
-        if hidden_states.ndim != 3 or hidden_states.shape[2] != width or not hidden_states.is_floating_point():
-            got = f"{hidden_states.dtype} {tuple(hidden_states.shape)}"
-            refuse("hidden_states", got, f"a floating tensor [B, T, {width}]")
+        shape = tuple(hidden_states.shape)
+        if len(shape) != 3 or shape[2] != width or 0 in shape or not hidden_states.is_floating_point():
+            refuse("hidden_states", f"{hidden_states.dtype} {shape}", f"a floating tensor [B, T, {width}] of tokens")
         B, T, _ = hidden_states.shape
         if attention_mask is None:
             check_packing(cu_seqlens, hidden_states)
@@ -328,8 +328,11 @@ class OnlineScaledDeltaNet(DeltaMixer):
     ) -> None:
         super().__init__()
         H, HV, K, V = head_shape(hidden_size, num_heads, head_dim, expand_v, num_v_heads)
-        if conv_size < 1:
-            refuse("conv_size", conv_size, "an integer >= 1")
+        if type(conv_size) is not int or conv_size < 1:
+            refuse("conv_size", repr(conv_size), "an integer >= 1")
+        check_number("norm_eps", norm_eps)
+        if not 0 < norm_eps < math.inf:
+            refuse("norm_eps", norm_eps, "a finite number > 0")
         if state_decay not in get_args(StateDecay):
             refuse("state_decay", repr(state_decay), f"one of {get_args(StateDecay)}")
         if backend not in get_args(Backend):
@@ -428,17 +431,19 @@ def head_shape(
     hidden_size: int, num_heads: int, head_dim: int | None, expand_v: float, num_v_heads: int | None
 ) -> tuple[int, int, int, int]:
     """(H, HV, K, V), or ValueError where they do not come out whole."""
-    if num_heads < 1:
-        refuse("num_heads", num_heads, "an integer >= 1")
+    given = {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim, "num_v_heads": num_v_heads}
+    for name, x in given.items():
+        optional = name in ("head_dim", "num_v_heads")
+        if not (x is None and optional) and (type(x) is not int or x < 1):
+            refuse(name, repr(x), "an integer >= 1" + (", or None" if optional else ""))
+    check_number("expand_v", expand_v)
     if head_dim is None and hidden_size % num_heads:
         refuse("head_dim", None, f"an integer, since hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
     K = hidden_size // num_heads if head_dim is None else head_dim
     HV = num_heads if num_v_heads is None else num_v_heads
-    if K < 1:
-        refuse("head_dim", head_dim, "an integer >= 1")
-    if HV < 1 or HV % num_heads:
+    if HV % num_heads:
         refuse("num_v_heads", num_v_heads, f"a multiple of num_heads, {num_heads}")
-    if K * expand_v < 1 or K * expand_v != int(K * expand_v):
+    if not 1 <= K * expand_v < math.inf or K * expand_v != int(K * expand_v):
         refuse("expand_v", expand_v, f"a factor that makes head_dim {K} a whole number >= 1")
     return num_heads, HV, K, int(K * expand_v)
 

@@ -80,8 +80,8 @@ def online_scaled_delta_rule(
     check_flags(output_final_state=output_final_state, qk_l2norm=qk_l2norm)
     work = check_inputs(q, k, v, beta, g, forget, preconditioner)
     scale, N = check_scale(scale, k), check_packing(cu_seqlens, k)
-    if chunk_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        refuse("chunk_size", chunk_size, "a power of two from 1 to 256")
+    if type(chunk_size) is not int or chunk_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        refuse("chunk_size", repr(chunk_size), "an int, a power of two from 1 to 256")
     choice = choose(q, backend)
     H, K, HV, V = q.shape[2], q.shape[3], v.shape[2], v.shape[3]
     state = initial_state if initial_state is not None else DeltaState()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -103,15 +104,19 @@ class TrainConfig:
         at_least = {
             2: ("context",),
             1: ("shuffle", "streams", "steps", "batch_size", "micro_batch", "save_every", "keep", "log_every"),
-            0: ("warmup_steps", "eval_every", "eval_sequences", "weight_decay", "seed", "eps"),
+            0: ("warmup_steps", "eval_every", "eval_sequences", "seed"),
         }
         for least, names in at_least.items():
             for name in names:
                 if not (value := getattr(self, name)) >= least:
                     raise ValueError(f"{name}: got {value}, takes a number >= {least}")
-        for name in ("lr", "clip"):
-            if not (value := getattr(self, name)) > 0:
-                raise ValueError(f"{name}: got {value}, takes a float > 0")
+        for name in ("weight_decay", "eps"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: got {value}, takes a finite number >= 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr: got {self.lr}, takes a finite float > 0")
+        if not self.clip > 0:
+            raise ValueError(f"clip: got {self.clip}, takes a float > 0")
         for name, value in (("min_lr", self.min_lr), *(("betas", beta) for beta in self.betas)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: got {value}, takes a number in [0, 1]")

@@ -103,7 +103,7 @@ def scalar_decay(g, first, end, h, HV: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def delta_intra_fwd_kernel(
-    q, k, beta, g, forget, rq, rk, starts, e, active, w, scales, T, P, cu_seqlens, chunks, scale, eta, d_min, d_max,
+    q, k, beta, g, forget, rq, rk, starts, e, tails, w, scales, T, P, cu_seqlens, chunks, scale, eta, d_min, d_max,
     tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr,
@@ -130,13 +130,13 @@ def delta_intra_fwd_kernel(
             nk = per_token(rk, first, end, hk, H, C)
         else:
             nk = norm(k, first, end, hk, H, K, C, BK)
-    walked = False
+    tail = 0
     if PRECONDITIONED:
         R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
         R = R.to(DT)
         errors = eta * nk * nk * per_token(e, first, end, h, HV, C)
         if BOX:
-            walked = tl.load(active + c * HV + h) > 0
+            tail = tl.load(tails + c * HV + h)
     A = tl.zeros([C, C], tl.float32)
     PP = tl.zeros([C, C], tl.float32)
     diagonal = tl.zeros([C], tl.float32)
@@ -151,7 +151,7 @@ def delta_intra_fwd_kernel(
             start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
             # Norms as factors of rows, so that normalised keys hold no registers meanwhile.
             D = path(
-                R, G, k, rk if L2NORM else None, forget, e, errors, start, kr32 * kr32, first, end, h, walked, eta,
+                R, G, k, rk if L2NORM else None, forget, e, errors, start, kr32 * kr32, first, end, h, tail, eta,
                 d_min, d_max, H, HV, K, C, BB, FORGET, DT, PRECISION, at,
             )  # fmt: skip
             wn = D * (kr32 * nk[:, None])

@@ -31,7 +31,7 @@ class _Path:
 
     starts: Tensor | None = None
     e: Tensor | None = None
-    active: Tensor | None = None
+    tails: Tensor | None = None
     last: Tensor | None = None
     maps: Tensor | None = None
     solve: Tensor | None = None
@@ -94,7 +94,7 @@ class _Rule:
         return _Path(
             starts=call.new(n, HV, K),
             e=call.tokens(HV),
-            active=call.new(n, HV, dtype=torch.int32),
+            tails=call.new(n, HV, dtype=torch.int32),
             last=call.new(call.N, HV, dtype=torch.int32),
             maps=call.segments(K, K, dtype=call.stored) if call.SPLIT > 1 else None,
             solve=call.new(n, HV, call.C, call.C, dtype=torch.float16 if small else torch.float32),

@@ -10,9 +10,11 @@
     bwd         u, the adjoint of d, before each chunk, and p_t = <u_t, s_t>                chunk after chunk, backwards
     grads       gradients of k, beta, forget from p, e and the adjoints                     parallel
 
-R_tj = prod_{j < i <= t} lambda_i, G_t = prod_{i < t} lambda_i. A chunk in which a clip may fire is walked through token
-by token and marked `active`; all else about it can be rebuilt from d before the chunk and e. All in float32, but for M,
-products of [C, K] tiles and maps that are kept, which are docs/kernels.md's subject. Derivations: docs/math.md.
+R_tj = prod_{j < i <= t} lambda_i, G_t = prod_{i < t} lambda_i. From the first token at which a clip fires, a chunk is
+walked through token by token; `tails` is how many tokens that are. What is before them is as if none had fired, to the
+bit, so that no token changes what comes before it. All else about a chunk can be rebuilt from d before it and e. All in
+float32, but for M, products of [C, K] tiles and maps that are kept, which are docs/kernels.md's subject. Derivations:
+docs/math.md.
 """
 
 import triton
@@ -120,31 +122,60 @@ def read(asked):
 
 
 @triton.jit
+def moved(d, step, s, log_kept, FORGET: tl.constexpr):
+    """lambda d + step s, not clipped yet."""
+    raw = step * s
+    if FORGET:
+        raw += tl.exp(log_kept) * d
+    else:
+        raw += d
+    return raw
+
+
+@triton.jit
+def follow(
+    k, rk, forget, steps, d, first, end, h, count, d_min, d_max,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
+):  # fmt: skip
+    """d behind the first `count` tokens of a chunk, their steps eta e given, nothing clipped; and how many are before
+    the first of these that takes it out of the box."""
+    i = tl.arange(0, BK)
+    inside = tl.zeros([BK], tl.int32) + count
+    asked = four(k, rk, None, forget, None, first, end, h, H, HV, K, BK, FORGET)
+    for v in range(0, count, 4):
+        later = four(k, rk, None, forget, None, first + v + 4, end, h, H, HV, K, BK, FORGET)
+        for u in tl.static_range(4):
+            x, _b, log_kept, _a = read(asked[u])
+            step = tl.gather(steps, tl.zeros([BK], tl.int32) + (v + u), 0)
+            live = i < tl.where((v + u < count) & (first + v + u < end), K, 0)
+            d = tl.where(live, moved(d, step, x * x, log_kept, FORGET), d)
+            out = live & ~((d >= d_min) & (d <= d_max))  # NaN is out, too
+            inside = tl.where(out, tl.minimum(inside, v + u), inside)
+        asked = later
+    return d, tl.min(inside, 0)
+
+
+@triton.jit
 def walk(
-    k, rk, forget, e, d, first, end, h, eta, d_min, d_max,
+    D, tail, k, rk, forget, e, d, first, end, h, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
     start=0,
 ):  # fmt: skip
-    """d_t [C, BK], the chunk's tokens one by one, e given.
+    """D [C, BK] with the last `tail` rows, d_t of these tokens, from the chunk's tokens one by one, e given.
 
     Lanes beyond K stay as they are: there an infinite step is 0 times infinity. Tokens are asked for two ahead, not by
     `four`, for which `delta_intra_fwd` has no registers.
     """
     r = tl.arange(0, C)
-    D = tl.zeros([C, BK], tl.float32)
     i = start + tl.arange(0, BK)
     now = token(k, rk, e, forget, None, first, end, h, H, HV, K, BK, FORGET, start)
     after = token(k, rk, e, forget, None, first + 1, end, h, H, HV, K, BK, FORGET, start)
     for j in range(0, C):
         t = first + j
         later = token(k, rk, e, forget, None, t + 2, end, h, H, HV, K, BK, FORGET, start)
-        D = tl.where(r[:, None] == j, d[None, :], D)
+        D = tl.where((r[:, None] == j) & (j + tail >= C), d[None, :], D)
         x, e_t, log_kept, _a = read(now)
-        raw = eta * e_t * (x * x)
-        if FORGET:
-            raw += tl.exp(log_kept) * d
-        else:
-            raw += d
+        raw = moved(d, eta * e_t, x * x, log_kept, FORGET)
         d = tl.where(i < tl.where(t < end, K, 0), clip(raw, d_min, d_max), d)
         now, after = after, later
     return D
@@ -168,15 +199,16 @@ def forgetting(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET:
 
 @triton.jit
 def path(
-    R, G, k, rk, forget, e, errors, d, s, first, end, h, walked, eta, d_min, d_max,
+    R, G, k, rk, forget, e, errors, d, s, first, end, h, tail, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
 ):  # fmt: skip
-    """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`."""
-    if walked:
-        D = walk(k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
-    else:
-        D = G[:, None] * d[None, :] + tl.dot(R.to(DT), (s * errors[:, None]).to(DT), input_precision=PRECISION)
+    """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`;
+    the last `tail` tokens are walked through."""
+    D = G[:, None] * d[None, :] + tl.dot(R.to(DT), (s * errors[:, None]).to(DT), input_precision=PRECISION)
+    if tail > 0:
+        tl.debug_barrier()  # nothing of the walk is to be loaded before, for which there are no registers
+        D = walk(D, tail, k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
     return D
 
 
@@ -271,7 +303,7 @@ def stays(d, kept, step, s, d_min, d_max, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def precondition_fwd_kernel(
-    k, rk, beta, forget, solve, factors, d_0, starts, e, active, last, d_end, stops, cu_seqlens, first_chunk, eta,
+    k, rk, beta, forget, solve, factors, d_0, starts, e, tails, last, d_end, stops, cu_seqlens, first_chunk, eta,
     d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr,
@@ -279,9 +311,9 @@ def precondition_fwd_kernel(
 ):  # fmt: skip
     """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], d_end [segments, HV, K].
 
-    Without WALK, as if no clip fired. With it, each sequence from its chunk `stops` [N, HV] on, token by token where
-    one might: -> active [chunks, HV], in place of its M a bit for each token whose clip was inactive, and the last
-    such chunk, or -1 -> last [N, HV].
+    Without WALK, as if no clip fired. With it, each sequence from its chunk `stops` [N, HV] on: how many tokens a chunk
+    has from the first clip on -> tails [chunks, HV], if any, in place of its M a bit for each token whose clip
+    was inactive, and the last such chunk, or -1 -> last [N, HV].
     """
     n = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
@@ -309,18 +341,21 @@ def precondition_fwd_kernel(
         tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
         solved = total(M, (c1 - c2 * total(xx, d[None, :], 1))[None, :], 1)
         new = kept * d + total(xx, (eta * solved * behind)[:, None])
-        safe = True
+        before = C
         if WALK:
-            safe = stays(d, kept, eta * solved * r2, xx, d_min, d_max, K, BK)
-            tl.store(active + (c + m) * HV + h, tl.where(safe, 0, 1))
-            if not safe:
+            steps = eta * solved
+            if not stays(d, kept, steps * r2, xx, d_min, d_max, K, BK):
+                _d, before = follow(k, rk, forget, steps, d, first, end, h, C, d_min, d_max, H, HV, K, BK, FORGET)
+            tl.store(tails + (c + m) * HV + h, C - before)
+            if before < C:
                 latest = m
-                new = d
-                bits = tl.zeros([BK], tl.int64)
+                new, _ = follow(k, rk, forget, steps, d, first, end, h, before, d_min, d_max, H, HV, K, BK, FORGET)
+                bits = tl.zeros([BK], tl.int64) + ((tl.full([], 1, tl.int64) << before) - 1)
                 strength = beta if AWARE else None
-                asked = four(k, rk, strength, forget, None, first, end, h, H, HV, K, BK, FORGET)
-                for v in range(0, C, 4):
-                    later = four(k, rk, strength, forget, None, first + v + 4, end, h, H, HV, K, BK, FORGET)
+                stop = tl.minimum(end, first + C)
+                asked = four(k, rk, strength, forget, None, first + before, stop, h, H, HV, K, BK, FORGET)
+                for v in range(before, C, 4):
+                    later = four(k, rk, strength, forget, None, first + v + 4, stop, h, H, HV, K, BK, FORGET)
                     for u in tl.static_range(4):
                         t = first + v + u
                         y, b, log_kept, _a = read(asked[u])
@@ -328,18 +363,17 @@ def precondition_fwd_kernel(
                         error = b * (1.0 - b * total(new, sq))
                         if NORMALIZE:
                             error /= total(y, y) + 1e-5
-                        raw_t = eta * error * sq
-                        if FORGET:
-                            raw_t += tl.exp(log_kept) * new
-                        else:
-                            raw_t += new
-                        bits |= ((raw_t >= d_min) & (raw_t <= d_max)).to(tl.int64) << (v + u)
+                        raw_t = moved(new, eta * error, sq, log_kept, FORGET)
+                        inside = (t < stop) & (raw_t >= d_min) & (raw_t <= d_max)
+                        bits |= inside.to(tl.int64) << tl.minimum(v + u, C - 1)
                         # As in `walk`, lanes beyond K stay.
-                        new = tl.where(i < tl.where(t < end, K, 0), clip(raw_t, d_min, d_max), new)
-                        tl.store(e + t * HV + h, error, t < end)
+                        new = tl.where(i < tl.where(t < stop, K, 0), clip(raw_t, d_min, d_max), new)
+                        tl.store(e + t * HV + h, error, t < stop)
                     asked = later
                 tl.store(clips(solve, (c + m) * HV + h, C) + i, bits, i < K)
-        tl.store(e + (first + j) * HV + h, solved, first + j < tl.where(safe, end, first))
+        # In its first chunk WALK leaves e before a clip: rounded otherwise, that would depend on whether one follows.
+        own = tl.where(m > begun, before, 0) if WALK else before
+        tl.store(e + (first + j) * HV + h, solved, (j < own) & (first + j < end))
         d = new
     if WALK:
         tl.store(last + n * HV + h, latest)
@@ -348,11 +382,11 @@ def precondition_fwd_kernel(
 
 @triton.jit
 def precondition_check_kernel(
-    k, rk, forget, starts, e, active, stops, cu_seqlens, chunks, eta, d_min, d_max, tokens,
+    k, rk, forget, starts, e, tails, stops, cu_seqlens, chunks, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     FORGET: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The least chunk of a sequence in which a clip might fire, if any -> stops [N, HV]; 0 -> active [chunks, HV]."""
+    """The least chunk of a sequence in which a clip might fire, if any -> stops [N, HV]; 0 -> tails [chunks, HV]."""
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
     first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
@@ -363,7 +397,7 @@ def precondition_check_kernel(
     d = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
     x = keys(k, rk, first, end, h, H, HV, K, C, BK)
     _R, _G, _behind, kept = forgetting(forget, first, end, h, HV, C, FORGET)
-    tl.store(active + c * HV + h, 0)
+    tl.store(tails + c * HV + h, 0)
     if not stays(d, kept, eta * per_token(e, first, end, h, HV, C), x * x, d_min, d_max, K, BK):
         tl.atomic_min(stops + n * HV + h, m.to(tl.int32))
 
@@ -398,7 +432,7 @@ def precondition_map_kernel(
 
 @triton.jit
 def precondition_expand_kernel(
-    k, rk, forget, starts, e, active, d, cu_seqlens, chunks, eta, d_min, d_max, tokens,
+    k, rk, forget, starts, e, tails, d, cu_seqlens, chunks, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -411,13 +445,13 @@ def precondition_expand_kernel(
     x = keys(k, rk, first, end, h, H, HV, K, C, BK)
     i = tl.arange(0, BK)
     start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-    walked = False
+    tail = 0
     if BOX:
-        walked = tl.load(active + c * HV + h) > 0
+        tail = tl.load(tails + c * HV + h)
     R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
     errors = eta * per_token(e, first, end, h, HV, C)
     D = path(
-        R, G, k, rk, forget, e, errors, start, x * x, first, end, h, walked, eta, d_min, d_max,
+        R, G, k, rk, forget, e, errors, start, x * x, first, end, h, tail, eta, d_min, d_max,
         H, HV, K, C, BK, FORGET, tl.float32, PRECISION,
     )  # fmt: skip
     store_rows(d, D, first, end, h, HV, K, C, BK)
@@ -453,7 +487,7 @@ def precondition_local_kernel(
 
 @triton.jit
 def precondition_bwd_kernel(
-    a, k, rk, beta, forget, solve, factors, active, last, h_local, adj_local, d_adj_end, p, u, adj_ends,
+    a, k, rk, beta, forget, solve, factors, tails, last, h_local, adj_local, d_adj_end, p, u, adj_ends,
     d_adj_0, cu_seqlens, first_chunk, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
@@ -499,7 +533,7 @@ def precondition_bwd_kernel(
         new = rest + kept * adj - total(xx, (eta * c2 * ps)[:, None])
         walked = False
         if WALK:
-            walked = tl.load(active + (c + m) * HV + h) > 0
+            walked = tl.load(tails + (c + m) * HV + h) > 0
             if walked:
                 bits = tl.load(clips(solve, (c + m) * HV + h, C) + i, i < K, 0)
                 new = adj
@@ -534,7 +568,7 @@ def precondition_bwd_kernel(
 
 @triton.jit
 def precondition_grads_kernel(
-    a, k, rk, beta, forget, starts, e, active, p, u, adj_ends, dk_rest, dbeta_rest, dk, dbeta, dforget,
+    a, k, rk, beta, forget, starts, e, tails, p, u, adj_ends, dk_rest, dbeta_rest, dk, dbeta, dforget,
     cu_seqlens, chunks, eta, d_min, d_max, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
@@ -556,9 +590,9 @@ def precondition_grads_kernel(
     # All that is read comes first, to be waited for once; decays are computed meanwhile.
     start = tl.load(starts + row, i < K, 0.0)
     adj = tl.load(adj_ends + row, i < K, 0.0)
-    walked = False
+    tail = 0
     if BOX:
-        walked = tl.load(active + c * HV + h) > 0
+        tail = tl.load(tails + c * HV + h)
     kr = rows(k, first, end, h // (HV // H), H, K, C, BK)
     nk = tl.full([C], 1.0, tl.float32)
     if rk is not None:
@@ -579,10 +613,10 @@ def precondition_grads_kernel(
     y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
     z = y - (c2 * ps)[:, None] * s
     U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
-    if BOX and walked:
+    if BOX and tail > 0:
         U = rows(u, first, end, h, HV, K, C, BK).to(tl.float32)
     D = path(
-        R, G, k, rk, forget, e, errors, start, s, first, end, h, walked, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
+        R, G, k, rk, forget, e, errors, start, s, first, end, h, tail, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
         PRECISION,
     )  # fmt: skip
     ds = errors[:, None] * U - (c2 * ps)[:, None] * D
