@@ -57,7 +57,7 @@ gpu-sanitize:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:$$PYTHONPATH \
 	compute-sanitizer --error-exitcode 1 --tool $$tool $(PYTHON) tests/ops/sanitize.py $$decay || exit 1; done; done
 
-# As for the tests, and tyro. BENCH selects, since peers tune for minutes: make gpu-bench BENCH="--only 'osdn*' --limit 540".
+# As gpu-test, and tyro. BENCH selects, since peers tune for minutes: make gpu-bench BENCH="--only 'osdn*' --limit 540".
 gpu-bench:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m osdn.bench --suite gpu $(BENCH)
 

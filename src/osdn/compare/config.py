@@ -100,7 +100,7 @@ class Experiment:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: got {value}, takes an int >= 1")
         for name in ("seeds", "steps", "batch_size", "seq_len", "eval_every", "warmup_steps"):
-            if (value := getattr(self, name)) < 0:
+            if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"{name}: got {value}, takes a number >= 0")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: got {self.weight_decay}, takes a finite number >= 0")

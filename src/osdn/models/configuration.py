@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from osdn.nn.layer import OutputGate, StateDecay, head_shape
 from osdn.nn.options import PreconditionerOptions
-from osdn.ops.options import refuse
+from osdn.ops.options import check_positive, check_size, refuse
 
 _PAPER_BOX = {"feedback": "beta_aware", "eta": 0.003, "d_min": 2 / 3, "d_max": 3 / 2, "forget": "none"}
 _BOX = {"feedback": "beta_aware", "d_max": 2.0, "forget": "none"}
@@ -118,11 +118,9 @@ class OSDNConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: OSDNConfig has no such field, takes {', '.join(_FIELDS)}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "conv_size"):
-            if getattr(self, name) < 1:
-                refuse(name, getattr(self, name), "an integer >= 1")
+            check_size(name, getattr(self, name))
         for name in ("hidden_ratio", "norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < math.inf:
-                refuse(name, getattr(self, name), "a finite number > 0")
+            check_positive(name, getattr(self, name))
         for name, takes in (("state_decay", get_args(StateDecay)), ("output_gate", get_args(OutputGate))):
             if getattr(self, name) not in takes:
                 refuse(name, repr(getattr(self, name)), f"one of {takes}")

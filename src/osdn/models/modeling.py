@@ -184,8 +184,8 @@ class OSDNModel(OSDNPreTrainedModel):
             raise ValueError(f"input_ids, inputs_embeds: got {got}, takes exactly one of the two")
         if inputs_embeds is None:
             if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-                is_a = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-                raise ValueError(f"input_ids: got {is_a}, takes a torch.Tensor [B, T]")
+                found = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+                raise ValueError(f"input_ids: got {found}, takes a torch.Tensor [B, T]")
             x = self.embeddings(input_ids)
         else:
             x, D = inputs_embeds, self.config.hidden_size

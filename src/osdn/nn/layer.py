@@ -23,7 +23,16 @@ from osdn.nn.norm import RMSNorm
 from osdn.nn.options import PreconditionerOptions
 from osdn.nn.packing import find_packing
 from osdn.ops.api import check_packing, l2norm, online_scaled_delta_rule, precondition
-from osdn.ops.options import Backend, Preconditioner, check_number, no_autocast, refuse, work_dtype
+from osdn.ops.options import (
+    Backend,
+    Preconditioner,
+    check_number,
+    check_positive,
+    check_size,
+    no_autocast,
+    refuse,
+    work_dtype,
+)
 from osdn.ops.state import DeltaState
 from osdn.ops.step import online_scaled_delta_step
 
@@ -151,7 +160,7 @@ class DeltaMixer(nn.Module):
         shape = tuple(hidden_states.shape)
         if len(shape) != 3 or shape[2] != width or 0 in shape or not hidden_states.is_floating_point():
             refuse("hidden_states", f"{hidden_states.dtype} {shape}", f"a floating tensor [B, T, {width}] of tokens")
-        B, T, _ = hidden_states.shape
+        B, T, _ = shape
         if attention_mask is None:
             check_packing(cu_seqlens, hidden_states)
             return self._mix(hidden_states, past_key_values, cu_seqlens)
@@ -328,11 +337,8 @@ class OnlineScaledDeltaNet(DeltaMixer):
     ) -> None:
         super().__init__()
         H, HV, K, V = head_shape(hidden_size, num_heads, head_dim, expand_v, num_v_heads)
-        if type(conv_size) is not int or conv_size < 1:
-            refuse("conv_size", repr(conv_size), "an integer >= 1")
-        check_number("norm_eps", norm_eps)
-        if not 0 < norm_eps < math.inf:
-            refuse("norm_eps", norm_eps, "a finite number > 0")
+        check_size("conv_size", conv_size)
+        check_positive("norm_eps", norm_eps)
         if state_decay not in get_args(StateDecay):
             refuse("state_decay", repr(state_decay), f"one of {get_args(StateDecay)}")
         if backend not in get_args(Backend):
@@ -431,11 +437,11 @@ def head_shape(
     hidden_size: int, num_heads: int, head_dim: int | None, expand_v: float, num_v_heads: int | None
 ) -> tuple[int, int, int, int]:
     """(H, HV, K, V), or ValueError where they do not come out whole."""
-    given = {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim, "num_v_heads": num_v_heads}
-    for name, x in given.items():
-        optional = name in ("head_dim", "num_v_heads")
-        if not (x is None and optional) and (type(x) is not int or x < 1):
-            refuse(name, repr(x), "an integer >= 1" + (", or None" if optional else ""))
+    check_size("hidden_size", hidden_size)
+    check_size("num_heads", num_heads)
+    for name, x in (("head_dim", head_dim), ("num_v_heads", num_v_heads)):
+        if x is not None:
+            check_size(name, x, "an integer >= 1, or None")
     check_number("expand_v", expand_v)
     if head_dim is None and hidden_size % num_heads:
         refuse("head_dim", None, f"an integer, since hidden_size {hidden_size} is no multiple of num_heads {num_heads}")

@@ -19,6 +19,17 @@ def refuse(name: str, got: object, takes: str) -> NoReturn:
     raise ValueError(f"{name}: got {got}, takes {takes}")
 
 
+def check_size(name: str, x: object, takes: str = "an integer >= 1") -> None:
+    if type(x) is not int or x < 1:
+        refuse(name, repr(x), takes)
+
+
+def check_positive(name: str, x: float) -> None:
+    check_number(name, x, takes := "a finite number > 0")
+    if not 0 < x < math.inf:
+        refuse(name, x, takes)
+
+
 def check_number(name: str, x: object, takes: str = "a float") -> None:
     """A number that has a float, which an int need not have; True and False are none."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
