@@ -197,12 +197,10 @@ KERNEL_MUTANTS = {
         "begun = tl.load(stops + n * HV + h)",
         "begun = tl.load(stops + n * HV + h) + 1",
     ),
-    "first clip a token late": (
-        "precondition",
-        "tl.minimum(inside, v + u), inside)",
-        "tl.minimum(inside, v + u + 1), inside)",
-    ),
-    "no step before the first clip": ("precondition", "moved(d, step, x * x", "moved(d, 0.0 * step, x * x"),
+    "first clip a token late": ("precondition", "tl.where(out, j[:, None], C)", "tl.where(out, j[:, None] + 1, C)"),
+    "no step before the first clip": ("precondition", "after = steps[:, None] * s", "after = 0.0 * s"),
+    "first clip without lambda": ("precondition", "kept * d[None, :], 0.0)", "d[None, :], 0.0)"),
+    "a step more before the first clip": ("precondition", "j[:, None] == count - 1", "j[:, None] == count"),
     "last clip forgotten": ("precondition", "latest = m", "latest = begun"),
     "adjoint of d without the feedback": (
         "precondition",

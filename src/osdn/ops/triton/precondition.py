@@ -133,26 +133,30 @@ def moved(d, step, s, log_kept, FORGET: tl.constexpr):
 
 
 @triton.jit
-def follow(
-    k, rk, forget, steps, d, first, end, h, count, d_min, d_max,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
+def affine(scale, shift, scale_after, shift_after):
+    """x -> scale x + shift, and the map after it, as one."""
+    return scale * scale_after, shift * scale_after + shift_after
+
+
+@triton.jit
+def until_clip(
+    forget, steps, s, d, first, end, h, d_min, d_max,
+    HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
 ):  # fmt: skip
-    """d behind the first `count` tokens of a chunk, their steps eta e given, nothing clipped; and how many are before
-    the first of these that takes it out of the box."""
-    i = tl.arange(0, BK)
-    inside = tl.zeros([BK], tl.int32) + count
-    asked = four(k, rk, None, forget, None, first, end, h, H, HV, K, BK, FORGET)
-    for v in range(0, count, 4):
-        later = four(k, rk, None, forget, None, first + v + 4, end, h, H, HV, K, BK, FORGET)
-        for u in tl.static_range(4):
-            x, _b, log_kept, _a = read(asked[u])
-            step = tl.gather(steps, tl.zeros([BK], tl.int32) + (v + u), 0)
-            live = i < tl.where((v + u < count) & (first + v + u < end), K, 0)
-            d = tl.where(live, moved(d, step, x * x, log_kept, FORGET), d)
-            out = live & ~((d >= d_min) & (d <= d_max))  # NaN is out, too
-            inside = tl.where(out, tl.minimum(inside, v + u), inside)
-        asked = later
-    return d, tl.min(inside, 0)
+    """How many of a chunk's updates by steps [C], s [C, BK] are before the first that takes d out of the box, C if none
+    does; d behind them."""
+    j = tl.arange(0, C)
+    after = steps[:, None] * s
+    if FORGET:
+        kept = tl.exp(per_token(forget, first, end, h, HV, C))[:, None] + tl.zeros([C, BK], tl.float32)
+        after += tl.where(j[:, None] == 0, kept * d[None, :], 0.0)
+        _kept, after = tl.associative_scan((kept, after), 0, affine)
+    else:
+        after = d[None, :] + tl.cumsum(after, 0)
+    live = (first + j < end)[:, None] & (tl.arange(0, BK) < K)[None, :]
+    out = live & ~((after >= d_min) & (after <= d_max))  # NaN is out, too
+    count = tl.min(tl.min(tl.where(out, j[:, None], C), 1), 0)
+    return count, tl.where(count > 0, tl.sum(tl.where(j[:, None] == count - 1, after, 0.0), 0), d)
 
 
 @triton.jit
@@ -343,13 +347,13 @@ def precondition_fwd_kernel(
         new = kept * d + total(xx, (eta * solved * behind)[:, None])
         before = C
         if WALK:
-            steps = eta * solved
-            if not stays(d, kept, steps * r2, xx, d_min, d_max, K, BK):
-                _d, before = follow(k, rk, forget, steps, d, first, end, h, C, d_min, d_max, H, HV, K, BK, FORGET)
+            steps = eta * solved * r2
+            if not stays(d, kept, steps, xx, d_min, d_max, K, BK):
+                before, d = until_clip(forget, steps, xx, d, first, end, h, d_min, d_max, HV, K, C, BK, FORGET)
             tl.store(tails + (c + m) * HV + h, C - before)
             if before < C:
                 latest = m
-                new, _ = follow(k, rk, forget, steps, d, first, end, h, before, d_min, d_max, H, HV, K, BK, FORGET)
+                new = d
                 bits = tl.zeros([BK], tl.int64) + ((tl.full([], 1, tl.int64) << before) - 1)
                 strength = beta if AWARE else None
                 stop = tl.minimum(end, first + C)
