@@ -171,11 +171,7 @@ KERNEL_MUTANTS = {
         "dg_row += along_q + b * along_k",
     ),
     "d shifted by one": ("precondition", "return below(R, C, False)", "return below(R, C, True)"),
-    "d shifted by one where clips fire": (
-        "precondition",
-        "D = tl.where((r[:, None] == j)",
-        "D = tl.where((r[:, None] == j + 1)",
-    ),
+    "d shifted by one where clips fire": ("precondition", "tl.where(r[:, None] == j,", "tl.where(r[:, None] == j + 1,"),
     "lambda dropped": ("precondition", "new = kept * d + total(", "new = d + total("),
     "lambda dropped where clips fire": (
         "precondition",
@@ -200,6 +196,7 @@ KERNEL_MUTANTS = {
     "first clip a token late": ("precondition", "tl.where(out, j[:, None], C)", "tl.where(out, j[:, None] + 1, C)"),
     "no step before the first clip": ("precondition", "after = steps[:, None] * s", "after = 0.0 * s"),
     "first clip without lambda": ("precondition", "kept * d[None, :], 0.0)", "d[None, :], 0.0)"),
+    "walk begins with d of the chunk": ("precondition", "r[:, None] == C - tail, D", "r[:, None] == 0, D"),
     "a step more before the first clip": ("precondition", "j[:, None] == count - 1", "j[:, None] == count"),
     "last clip forgotten": ("precondition", "latest = m", "latest = begun"),
     "adjoint of d without the feedback": (

@@ -231,12 +231,13 @@ def test_no_limit_is_passed_unnoticed():
         assert verdict(target, over, [wide, case]).startswith("FAILED")
         assert verdict(target, aot.Compiled(spilled=257), [case], then=full).startswith("FAILED")
         assert verdict(target, aot.Compiled(error="no"), [wide]) == "FAILED: no"
+        assert verdict(target, aot.Compiled(strays=("3dd0",)), [wide], then=full).startswith("FAILED: products")
     assert verdict("sm_100", aot.Compiled(tensor_memory=513), [case]).startswith("FAILED")
 
 
 def test_resources_are_read_from_what_the_compilers_print():
     metadata = ".private_segment_fixed_size: 12\n.vgpr_count:     72\n.private_segment_fixed_size: 300\n"
-    assert aot._amd({"amdgcn": metadata}) == (72, 300)
+    assert aot._amd({"amdgcn": metadata}) == (72, 300, ())
     with pytest.raises(ValueError, match="empty"):
         aot._amd({"amdgcn": "another format"})
 

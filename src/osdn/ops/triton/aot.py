@@ -7,7 +7,8 @@ read from the binary: by `cuobjdump` for NVIDIA, in the metadata of the assembly
 
 A launch takes the first of its configs that fits the device, and so does this: a config that is too large for a target
 is passed over where another one fits, and fails where none does; one that fits is held to the limit on spills. Launches
-at K > 128 only have to compile.
+at K > 128 only have to compile. What is compiled for Hopper is searched for products that read where their operands are
+not (sass.py).
 
 Every run compiles anew, in a cache folder of its own: what it reports came from these sources and this compiler.
 """
@@ -39,6 +40,7 @@ import tyro
 import osdn
 from osdn.ops import dispatch
 from osdn.ops.options import Preconditioner
+from osdn.ops.triton import sass
 
 SPILLED = 256
 """Bytes of local memory that a thread may have."""
@@ -196,12 +198,14 @@ def launches(name: str) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a config. registers: of a thread; spilled: bytes of its local memory."""
+    """What came of a config. registers: of a thread; spilled: bytes of its local memory; strays: where in the code
+    products are that may read where their operands are not."""
 
     shared: int = 0
     tensor_memory: int = 0
     registers: int = 0
     spilled: int = 0
+    strays: tuple[str, ...] = ()
     seconds: float = 0.0
     error: str = ""
 
@@ -233,6 +237,8 @@ class Variant:
         """On one config; it starts with FAILED where the run is to fail."""
         if x.error:
             return "FAILED: " + x.error.strip().splitlines()[-1]
+        if x.strays:
+            return f"FAILED: products that may read where their operands are not, at {' '.join(x.strays)}"
         K = min(case.K for case in self.cases)
         over = "FAILED" if K <= K_MAX else f"reported, K = {K}"
         if lacks := x.lacks(TARGETS[self.target]):
@@ -324,29 +330,32 @@ def _compile(variant: Variant, every: bool, pipe: Connection, said: Path) -> Non
             variant.compiled.append(Compiled(error=f"{type(error).__name__}: {error}"))
         else:
             seconds, columns = time.perf_counter() - began, getattr(made.metadata, "tmem_size", None) or 0
-            registers, spilled = (_amd if target.backend == "hip" else _nvidia)(made.asm)
-            variant.compiled.append(Compiled(made.metadata.shared, columns, registers, spilled, seconds))
+            registers, spilled, strays = (_amd if target.backend == "hip" else _nvidia)(made.asm)
+            variant.compiled.append(Compiled(made.metadata.shared, columns, registers, spilled, strays, seconds))
         pipe.send(variant.compiled[-1])
         if not every and (variant.fits() or variant.compiled[-1].error):
             return
 
 
-def _nvidia(asm: dict[str, Any]) -> tuple[int, int]:
+def _nvidia(asm: dict[str, Any]) -> tuple[int, int, tuple[str, ...]]:
     """STACK is the local memory of a thread, which is where registers are spilled to."""
-    import triton
+    from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _largest(r"\bREG:(\d+)", text), _largest(r"\bSTACK:(\d+)", text)
+
+        def says(tool: Any, option: str) -> str:
+            return subprocess.run([tool.path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, code = says(knobs.nvidia.cuobjdump, "--dump-resource-usage"), says(knobs.nvidia.nvdisasm, "-c")
+    return _largest(r"\bREG:(\d+)", usage), _largest(r"\bSTACK:(\d+)", usage), tuple(sass.strays(code))
 
 
-def _amd(asm: dict[str, Any]) -> tuple[int, int]:
+def _amd(asm: dict[str, Any]) -> tuple[int, int, tuple[str, ...]]:
     """The private segment is the local memory of a lane."""
     text = asm["amdgcn"]
-    return _largest(r"\.vgpr_count:\s+(\d+)", text), _largest(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    return _largest(r"\.vgpr_count:\s+(\d+)", text), _largest(r"\.private_segment_fixed_size:\s+(\d+)", text), ()
 
 
 def _largest(pattern: str, text: str) -> int:

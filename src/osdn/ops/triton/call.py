@@ -25,7 +25,7 @@ SEGMENT = 16
 """Tokens for each channel of a key or value that a segment has at least: in bf16, a tenth of what is kept is then of
 segments."""
 SEGMENTS = 4
-"""Segments (times CROWD) that a sequence is cut into at least: fewer would save less than their maps cost."""
+"""Segments that a sequence is cut into at least: fewer would save less than their maps cost."""
 _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
 """Kernels whose programs have a block of columns each."""
 
@@ -108,7 +108,7 @@ class Call:
         least = -(-SEGMENT * max(self.k.shape[3], self.V) // self.C)
         while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * least:
             split *= 2
-        return split if split >= self.crowd * SEGMENTS else 1
+        return split if split >= SEGMENTS else 1
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.k.device)

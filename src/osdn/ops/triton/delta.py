@@ -144,7 +144,7 @@ def delta_intra_fwd_kernel(
         at = block * BB
         i = at + tl.arange(0, BB)
         kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
-        if DECAY != 2:  # else it is loaded late, as registers are few
+        if DECAY != 2:  # else it is loaded late, behind a barrier, as registers are few
             qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
         kr32 = kr.to(tl.float32)
         if PRECONDITIONED:
@@ -159,6 +159,7 @@ def delta_intra_fwd_kernel(
         else:
             wn = kr32 * nk[:, None]
         if DECAY == 2:
+            tl.debug_barrier()
             qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
             x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
             diagonal += total(qr.to(tl.float32), wn, 1)

@@ -161,23 +161,25 @@ def until_clip(
 
 @triton.jit
 def walk(
-    D, tail, k, rk, forget, e, d, first, end, h, eta, d_min, d_max,
+    D, tail, k, rk, forget, e, first, end, h, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
     start=0,
 ):  # fmt: skip
-    """D [C, BK] with the last `tail` rows, d_t of these tokens, from the chunk's tokens one by one, e given.
+    """D [C, BK], d_t of the chunk's tokens, with the last `tail` rows anew, token by token from the first of them on.
 
     Lanes beyond K stay as they are: there an infinite step is 0 times infinity. Tokens are asked for two ahead, not by
     `four`, for which `delta_intra_fwd` has no registers.
     """
     r = tl.arange(0, C)
     i = start + tl.arange(0, BK)
-    now = token(k, rk, e, forget, None, first, end, h, H, HV, K, BK, FORGET, start)
-    after = token(k, rk, e, forget, None, first + 1, end, h, H, HV, K, BK, FORGET, start)
-    for j in range(0, C):
+    t = first + C - tail
+    d = tl.sum(tl.where(r[:, None] == C - tail, D, 0.0), 0)
+    now = token(k, rk, e, forget, None, t, end, h, H, HV, K, BK, FORGET, start)
+    after = token(k, rk, e, forget, None, t + 1, end, h, H, HV, K, BK, FORGET, start)
+    for j in range(C - tail, C):
         t = first + j
         later = token(k, rk, e, forget, None, t + 2, end, h, H, HV, K, BK, FORGET, start)
-        D = tl.where((r[:, None] == j) & (j + tail >= C), d[None, :], D)
+        D = tl.where(r[:, None] == j, d[None, :], D)
         x, e_t, log_kept, _a = read(now)
         raw = moved(d, eta * e_t, x * x, log_kept, FORGET)
         d = tl.where(i < tl.where(t < end, K, 0), clip(raw, d_min, d_max), d)
@@ -208,11 +210,11 @@ def path(
     FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
 ):  # fmt: skip
     """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`;
-    the last `tail` tokens are walked through."""
-    D = G[:, None] * d[None, :] + tl.dot(R.to(DT), (s * errors[:, None]).to(DT), input_precision=PRECISION)
+    the last `tail` tokens, which may be infinite, are walked through."""
+    steps = tl.where((tl.arange(0, C) + tail < C)[:, None], s * errors[:, None], 0.0)
+    D = G[:, None] * d[None, :] + tl.dot(R.to(DT), steps.to(DT), input_precision=PRECISION)
     if tail > 0:
-        tl.debug_barrier()  # nothing of the walk is to be loaded before, for which there are no registers
-        D = walk(D, tail, k, rk, forget, e, d, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
+        D = walk(D, tail, k, rk, forget, e, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
     return D
 
 
