@@ -140,6 +140,24 @@ def in_segments(few, monkeypatch, module):
     return True
 
 
+@pytest.mark.parametrize(
+    ("B", "T", "H", "of_S", "of_d"),
+    [
+        *((8, 4096, 8, 1, 1), (1, 4096, 8, 1, 1), (1, 65536, 8, 16, 32), (1, 8192, 16, 4, 4)),
+        *((2, 8192, 16, 4, 4), (2, 16384, 16, 4, 8), (4, 8192, 16, 1, 1), (4, 65536, 16, 1, 1)),
+    ],
+)
+def test_sequences_are_cut_into_segments_where_they_are_few_and_long(B, T, H, of_S, of_d, monkeypatch):
+    """Of 2,048 tokens at least, and at least four."""
+    from osdn.ops.triton import call
+
+    monkeypatch.setattr(call, "INTERPRETED", False)  # chunks as on a GPU
+    k = torch.empty(B, T, H, 128, dtype=torch.bfloat16, device="meta")
+    one = call.Call(k, H, 128, None, 64)
+    segments = one.SPLIT, one.of_d().SPLIT
+    assert segments == (of_S, of_d)
+
+
 # The last segment of the first is empty.
 SEGMENTED = [
     Case(T=41, B=1, H=1, K=8, forget=True, feedback="beta_aware", box=BOX, chunk_size=16),

@@ -108,7 +108,9 @@ class Call:
         least = -(-SEGMENT * max(self.k.shape[3], self.V) // self.C)
         while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * least:
             split *= 2
-        return split if split >= SEGMENTS else 1
+        # Maps cost what all tokens do, and save what one sequence waits for.
+        few = SEGMENTS * self.N * self.HV <= PROGRAMS
+        return split if few and split >= SEGMENTS else 1
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.k.device)
