@@ -195,7 +195,7 @@ KERNEL_MUTANTS = {
     ),
     "first clip a token late": ("precondition", "tl.where(out, j[:, None], C)", "tl.where(out, j[:, None] + 1, C)"),
     "no step before the first clip": ("precondition", "after = steps[:, None] * s", "after = 0.0 * s"),
-    "first clip without lambda": ("precondition", "kept * d[None, :], 0.0)", "d[None, :], 0.0)"),
+    "first clip without lambda": ("precondition", "after + kept * start", "after + start"),
     "walk begins with d of the chunk": ("precondition", "r[:, None] == C - tail, D", "r[:, None] == 0, D"),
     "a step more before the first clip": ("precondition", "j[:, None] == count - 1", "j[:, None] == count"),
     "last clip forgotten": ("precondition", "latest = m", "latest = begun"),

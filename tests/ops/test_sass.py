@@ -28,6 +28,7 @@ def code(*lines):
         ([*LOW, *HIGH, "UMOV UR8, 0xfffffffe", "UMOV UR9, 0x1", "UIADD3.64 UR18, UR18, -UR8, URZ", PRODUCT], 0),
         ([*LOW, *HIGH, *SPILLED, PRODUCT], 0),
         ([*LOW, *HIGH, "LOP3.LUT R5, R7, 0x3fff, RZ, 0xc0, !PT", "R2UR UR18, R5.reuse", PRODUCT], 0),
+        ([*LOW, "CS2R R6, SRZ", "IADD3.X R7, R7, 0x40000040, RZ, P1, !PT", "R2UR UR19, R7", PRODUCT], 0),
         # None, or of one operand alone, or no longer.
         ([PRODUCT], 1),
         ([*LOW, PRODUCT], 1),

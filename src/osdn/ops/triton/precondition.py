@@ -147,12 +147,12 @@ def until_clip(
     does; d behind them."""
     j = tl.arange(0, C)
     after = steps[:, None] * s
+    start = tl.where(j[:, None] == 0, d[None, :], 0.0)
     if FORGET:
         kept = tl.exp(per_token(forget, first, end, h, HV, C))[:, None] + tl.zeros([C, BK], tl.float32)
-        after += tl.where(j[:, None] == 0, kept * d[None, :], 0.0)
-        _kept, after = tl.associative_scan((kept, after), 0, affine)
+        _kept, after = tl.associative_scan((kept, after + kept * start), 0, affine)
     else:
-        after = d[None, :] + tl.cumsum(after, 0)
+        after = tl.cumsum(after + start, 0)
     live = (first + j < end)[:, None] & (tl.arange(0, BK) < K)[None, :]
     out = live & ~((after >= d_min) & (after <= d_max))  # NaN is out, too
     count = tl.min(tl.min(tl.where(out, j[:, None], C), 1), 0)

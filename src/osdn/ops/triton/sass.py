@@ -164,6 +164,8 @@ def _execute(one: _Instruction, state: State) -> None:
             new[to] = FIELD
         elif kind in ("LOP3", "ULOP3") and "0xfc" in x:
             new[to] = _sum([value(y) for y in x[:2]])
+        elif kind == "CS2R" and x[0] == "SRZ":
+            new = dict.fromkeys(new, 0)
         elif kind == "LDL":
             new |= {_after(to, n): state.get(slot) for n, slot in enumerate(_slots(x[0], width))}
     for register, result in new.items():
