@@ -29,6 +29,7 @@ def code(*lines):
         ([*LOW, *HIGH, *SPILLED, PRODUCT], 0),
         ([*LOW, *HIGH, "LOP3.LUT R5, R7, 0x3fff, RZ, 0xc0, !PT", "R2UR UR18, R5.reuse", PRODUCT], 0),
         ([*LOW, "CS2R R6, SRZ", "IADD3.X R7, R7, 0x40000040, RZ, P1, !PT", "R2UR UR19, R7", PRODUCT], 0),
+        (["HGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0"], 0),
         # None, or of one operand alone, or no longer.
         ([PRODUCT], 1),
         ([*LOW, PRODUCT], 1),

@@ -93,8 +93,10 @@ def _meet(a: State, b: State) -> State:
 
 
 def _descriptors(product: _Instruction) -> list[int]:
-    """The first of a descriptor's registers, of each operand in shared memory."""
+    """The first of a descriptor's registers, of each operand in shared memory; none where a product only waits."""
     at = next(i for i, x in enumerate(product.operands) if x.startswith("gdesc"))
+    if product.operands[at].startswith("gdesc[URZ]"):
+        return []
     first = int(re.findall(r"\d+", product.operands[at])[0])
     return [first + 2] if at > 1 else [first, first + 2]
 
