@@ -193,7 +193,7 @@ KERNEL_MUTANTS = {
         "begun = tl.load(stops + n * HV + h)",
         "begun = tl.load(stops + n * HV + h) + 1",
     ),
-    "first clip a token late": ("precondition", "tl.where(out, j[:, None], C)", "tl.where(out, j[:, None] + 1, C)"),
+    "first clip a token late": ("precondition", "inside, C, j[:, None])", "inside, C, j[:, None] + 1)"),
     "no step before the first clip": ("precondition", "after = steps[:, None] * s", "after = 0.0 * s"),
     "first clip without lambda": ("precondition", "after + kept * start", "after + start"),
     "walk begins with d of the chunk": ("precondition", "r[:, None] == C - tail, D", "r[:, None] == 0, D"),

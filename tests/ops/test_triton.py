@@ -143,7 +143,7 @@ def in_segments(few, monkeypatch, module):
 @pytest.mark.parametrize(
     ("B", "T", "H", "of_S", "of_d"),
     [
-        *((8, 4096, 8, 1, 1), (1, 4096, 8, 1, 1), (1, 65536, 8, 16, 32), (1, 8192, 16, 4, 4)),
+        *((8, 4096, 8, 1, 1), (1, 4096, 8, 1, 1), (1, 65536, 8, 16, 32), (1, 8192, 16, 4, 4), (1, 8128, 16, 1, 1)),
         *((2, 8192, 16, 4, 4), (2, 16384, 16, 4, 8), (4, 8192, 16, 1, 1), (4, 65536, 16, 1, 1)),
     ],
 )
@@ -419,6 +419,14 @@ def test_a_step_so_large_that_the_solve_overflows(factor):
     x["k"][:, 5] *= factor
     got, want = (rule(case, y, backend, beta=False)["d"] for y, backend in ((on_device(x), "triton"), (x, "reference")))
     assert torch.equal(got, want)
+
+
+def test_d_behind_a_chunk_is_not_out_of_the_box_by_a_rounding():
+    """With K = 1, d comes to 1 from below, which is the bound here, and no update takes it any further."""
+    k, d = torch.ones(1, 48, 4, 1), torch.rand(1, 4, 1, generator=torch.Generator().manual_seed(0))
+    p = osdn.Preconditioner(0.7, d_max=1.0)
+    _, d_T = osdn.precondition(k.to(DEVICE), None, preconditioner=p, initial_d=d.to(DEVICE), backend="triton")
+    assert d_T.max() <= 1
 
 
 def test_an_infinite_step_stays_among_the_channels_there_are():
@@ -708,7 +716,9 @@ def test_every_config_is_of_a_kernel_there_is():
     from osdn.ops.triton import delta, launch, precondition, recurrent, shared
 
     names = {n for module in (delta, precondition, recurrent, shared) for n in vars(module) if n.endswith("_kernel")}
-    names |= {f"{n}, {constant}" for n in names for constant in ("V = 1", *(f"DECAY = {d}" for d in range(3)))}
+    names |= {
+        f"{n}, {constant}" for n in names for constant in ("V = 1", "WALK = True", *(f"DECAY = {d}" for d in range(3)))
+    }
     assert set(launch.CONFIGS) <= names
 
 

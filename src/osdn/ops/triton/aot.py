@@ -7,8 +7,8 @@ read from the binary: by `cuobjdump` for NVIDIA, in the metadata of the assembly
 
 A launch takes the first of its configs that fits the device, and so does this: a config that is too large for a target
 is passed over where another one fits, and fails where none does; one that fits is held to the limit on spills. Launches
-at K > 128 only have to compile. What is compiled for Hopper is searched for products that read where their operands are
-not (sass.py).
+at K > 128 only have to compile. What is compiled for Hopper, and fits, is searched for products that read where their
+operands are not (sass.py), at any K.
 
 Every run compiles anew, in a cache folder of its own: what it reports came from these sources and this compiler.
 """
@@ -198,8 +198,8 @@ def launches(name: str) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a config. registers: of a thread; spilled: bytes of its local memory; strays: where in the code
-    products are that may read where their operands are not."""
+    """What came of a config. registers: of a thread; spilled: bytes of its local memory; strays: instructions of
+    products that may read where their operands are not."""
 
     shared: int = 0
     tensor_memory: int = 0
@@ -237,12 +237,12 @@ class Variant:
         """On one config; it starts with FAILED where the run is to fail."""
         if x.error:
             return "FAILED: " + x.error.strip().splitlines()[-1]
-        if x.strays:
-            return f"FAILED: products that may read where their operands are not, at {' '.join(x.strays)}"
         K = min(case.K for case in self.cases)
         over = "FAILED" if K <= K_MAX else f"reported, K = {K}"
         if lacks := x.lacks(TARGETS[self.target]):
             return f"passed over: {lacks}" if self.fits() else f"{over}: {lacks}"
+        if x.strays:
+            return f"FAILED: {len(x.strays)} products may read where their operands are not: {x.strays[0]}"
         return f"{over}: spills over {SPILLED} B" if x.spilled > SPILLED else "ok"
 
 

@@ -22,8 +22,8 @@ PROGRAMS = 128
 CROWD = 2
 """Programs of a pass of d that a processor takes side by side."""
 SEGMENT = 16
-"""Tokens for each channel of a key or value that a segment has at least: in bf16, a tenth of what is kept is then of
-segments."""
+"""Tokens for each channel of a key or value that a segment has at least, by sequences' mean length: in bf16, a tenth of
+what is kept is then of segments."""
 SEGMENTS = 4
 """Segments that a sequence is cut into at least: fewer would save less than their maps cost."""
 _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
@@ -108,7 +108,8 @@ class Call:
         least = -(-SEGMENT * max(self.k.shape[3], self.V) // self.C)
         while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * least:
             split *= 2
-        # Maps cost what all tokens do, and save what one sequence waits for.
+        # For d, whose passes may have twice as many programs: maps cost what all sequences and heads do together, and
+        # save what one of them waits for.
         few = SEGMENTS * self.N * self.HV <= PROGRAMS
         return split if few and split >= SEGMENTS else 1
 

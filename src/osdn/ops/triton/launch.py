@@ -38,6 +38,11 @@ _BACK = [
 CONFIGS: dict[str, list[Config]] = {
     "precondition_solve_kernel": [{"BB": 16, "num_warps": 1}],
     "precondition_fwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
+    "precondition_fwd_kernel, WALK = True": [
+        {"num_warps": 2, "STAGES": 3, "BEFORE": 100},
+        {"num_warps": 4, "STAGES": 3, "SINCE": 100},
+        {"num_warps": 4, "STAGES": 1},
+    ],
     "precondition_check_kernel": [{"num_warps": 4}],
     "precondition_map_kernel": [
         {"BV": 64, "num_warps": 4, "SINCE": 90},
@@ -127,7 +132,7 @@ def serves(config: Config, since: int) -> bool:
 
 def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
-    own = (f"{name}, {n} = {arguments.get(n)}" for n in ("DECAY", "V"))
+    own = (f"{name}, {n} = {arguments.get(n)}" for n in ("DECAY", "V", "WALK"))
     found = next((CONFIGS[key] for key in own if key in CONFIGS), CONFIGS[name])
     BK = arguments.get("BK", 0)
     V = arguments.get("V", arguments["K"])

@@ -143,8 +143,8 @@ def until_clip(
     forget, steps, s, d, first, end, h, d_min, d_max,
     HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
 ):  # fmt: skip
-    """How many of a chunk's updates by steps [C], s [C, BK] are before the first that takes d out of the box, C if none
-    does; d behind them."""
+    """How many of a chunk's updates by steps [C], s [C, BK] are before the first that takes d out of the box, and d
+    behind these; C if none does, and no d."""
     j = tl.arange(0, C)
     after = steps[:, None] * s
     start = tl.where(j[:, None] == 0, d[None, :], 0.0)
@@ -153,9 +153,10 @@ def until_clip(
         _kept, after = tl.associative_scan((kept, after + kept * start), 0, affine)
     else:
         after = tl.cumsum(after + start, 0)
-    live = (first + j < end)[:, None] & (tl.arange(0, BK) < K)[None, :]
-    out = live & ~((after >= d_min) & (after <= d_max))  # NaN is out, too
-    count = tl.min(tl.min(tl.where(out, j[:, None], C), 1), 0)
+    inside = (after >= d_min) & (after <= d_max)  # not NaN
+    count = tl.min(tl.where(inside, C, j[:, None]), 0)
+    count = tl.min(tl.where(tl.arange(0, BK) < K, count, C), 0)
+    count = tl.where(first + count < end, count, C)
     return count, tl.where(count > 0, tl.sum(tl.where(j[:, None] == count - 1, after, 0.0), 0), d)
 
 
@@ -352,6 +353,7 @@ def precondition_fwd_kernel(
             steps = eta * solved * r2
             if not stays(d, kept, steps, xx, d_min, d_max, K, BK):
                 before, d = until_clip(forget, steps, xx, d, first, end, h, d_min, d_max, HV, K, C, BK, FORGET)
+                new = clip(new, d_min, d_max)  # where none fires, it may still be out by a rounding
             tl.store(tails + (c + m) * HV + h, C - before)
             if before < C:
                 latest = m

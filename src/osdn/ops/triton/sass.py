@@ -3,28 +3,32 @@
 Such a product (HGMMA) finds an operand in shared memory by a descriptor in two uniform registers: an address field of
 14 or 15 bits, plus constants, below constants. ptxas 12.8, which comes with Triton 3.6, at times takes what a register
 holds before a loop for the field that the loop computes, so that the first round reads somewhere else: an illegal
-access or, worse, wrong numbers, and on a GPU alone. `strays` follows what registers may hold along every path.
+access or, worse, wrong numbers, and on a GPU alone. `strays` follows what registers may hold along every path. That a
+register holds a descriptor is all that it sees, not whose: the wrong tile's passes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 FIELD = "field"
 Value = int | str | None
-"""A constant of 32 bits, an address field plus a constant, or anything."""
+"""A constant of 32 bits (of high words, but for a carry), an address field plus a constant, or anything."""
 State = dict[str, Value]
-"""By register, or by byte of the stack; what is not there may hold anything."""
+"""By register, or by place on the stack; what is not there may hold anything."""
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _LABEL = re.compile(r"(\.L\w+):")
-_WIDTHS = ((r"\.128|\.M88\.4", 4), (r"\.64|\.WIDE|\.M88\.2|^CS2R", 2))
+_ENDS = ("BRA", "EXIT", "RET", "JMP", "BRX")
+_WIDTHS = (
+    (r"\.128|\.MT?88\.4|^[HI]MMA", 4),
+    (r"\.64|\.WIDE|\.MT?88\.2|^CS2R$|^D(ADD|MUL|FMA)|^[FI]2[FI].*[FSU]64|^LEPC", 2),
+)
 
 
 class _Instruction(NamedTuple):
-    at: str
+    line: str
     predicated: bool
     name: str
     operands: list[str]
@@ -36,8 +40,9 @@ class _Block(NamedTuple):
 
 
 def strays(code: str) -> list[str]:
-    """Of each product that may read by anything but a descriptor, where it is in the code."""
-    if "HGMMA" not in code:
+    """The lines of products that are not known to read by descriptors alone, those that nothing leads to included."""
+    products = [line for line in code.splitlines() if "HGMMA" in line]
+    if not products:
         return []
     blocks = _blocks(code)
     states: dict[str, State] = {"": {}}
@@ -45,20 +50,20 @@ def strays(code: str) -> list[str]:
     while todo:
         name = todo.pop()
         state = dict(states[name])
-        for instruction in blocks[name].instructions:
-            _execute(instruction, state)
+        for one in blocks[name].instructions:
+            _execute(one, state)
         for later in blocks[name].next:
-            met = state if later not in states else _meet(states[later], state)
+            met = dict(state) if later not in states else _meet(states[later], state)
             if later not in states or met != states[later]:
-                states[later] = dict(met)
+                states[later] = met
                 todo.append(later)
-    found = []
+    right = set()
     for name, state in states.items():
-        for instruction in blocks[name].instructions:
-            if instruction.name.startswith("HGMMA") and not all(map(_descriptor(state), _descriptors(instruction))):
-                found.append(instruction.at)
-            _execute(instruction, state)
-    return found
+        for one in blocks[name].instructions:
+            if one.name.startswith("HGMMA") and _reads_by_descriptors(one, state):
+                right.add(one.line)
+            _execute(one, state)
+    return [line.split(";")[0].strip() for line in products if line not in right]
 
 
 def _blocks(code: str) -> dict[str, _Block]:
@@ -78,31 +83,31 @@ def _blocks(code: str) -> dict[str, _Block]:
             if block is None:
                 block = blocks.setdefault(str(number), _Block([], []))
             operands = [x.strip().removesuffix(".reuse") for x in parts[4].split(",")]
-            one = _Instruction(parts[1], bool(parts[2]), parts[3], operands)
+            one = _Instruction(line, bool(parts[2]), parts[3], operands)
             block.instructions.append(one)
-            kind = one.name.partition(".")[0]
-            if kind in ("BRA", "EXIT"):
-                block.next.extend(re.findall(r"\.L\w+", parts[4]) if kind == "BRA" else [])
-                always = not one.predicated and not re.search(r"\bU?P\d", parts[4])
-                block = None if always else begin(str(number))
-    return blocks
+            if one.name.partition(".")[0] in _ENDS:
+                block.next.extend(re.findall(r"\.L\w+", parts[4]))
+                goes_on = one.predicated or re.search(r"\bU?P\d", parts[4]) or one.name in ("BRA.DIV", "BRA.CONV")
+                block = begin(str(number)) if goes_on else None
+    return {name: block._replace(next=[x for x in block.next if x in blocks]) for name, block in blocks.items()}
 
 
 def _meet(a: State, b: State) -> State:
     return {register: a[register] for register in a.keys() & b.keys() if a[register] == b[register]}
 
 
-def _descriptors(product: _Instruction) -> list[int]:
-    """The first of a descriptor's registers, of each operand in shared memory; none where a product only waits."""
-    at = next(i for i, x in enumerate(product.operands) if x.startswith("gdesc"))
-    if product.operands[at].startswith("gdesc[URZ]"):
-        return []
-    first = int(re.findall(r"\d+", product.operands[at])[0])
-    return [first + 2] if at > 1 else [first, first + 2]
-
-
-def _descriptor(state: State) -> Callable[[int], bool]:
-    return lambda n: state.get(f"UR{n}") == FIELD and isinstance(state.get(f"UR{n + 1}"), int)
+def _reads_by_descriptors(product: _Instruction, state: State) -> bool:
+    """Of operands in shared memory, one or both, the first register is given: gdesc[UR16], with the second's behind."""
+    at, found = next(
+        ((i, y) for i, x in enumerate(product.operands) if (y := re.match(r"gdesc\[UR(\d+|Z)\]", x))), (0, None)
+    )
+    if found is None or found[1] == "Z":  # without operands, a product only waits
+        return found is not None
+    first = int(found[1])
+    return all(
+        state.get(f"UR{n}") == FIELD and isinstance(state.get(f"UR{n + 1}"), int)
+        for n in ([first + 2] if at > 1 else [first, first + 2])
+    )
 
 
 def _after(register: str, n: int) -> str:
@@ -138,37 +143,43 @@ def _execute(one: _Instruction, state: State) -> None:
     def high(operand: str) -> Value:
         return value(_after(operand, 1)) if "R" in operand else 0
 
-    name, operands = one.name, one.operands
-    width = next((n for pattern, n in _WIDTHS if re.search(pattern, name)), 1)
-    if tile := re.match(r"HGMMA\.64x(\d+)", name):
+    kind, _, form = one.name.partition(".")
+    width = next((n for pattern, n in _WIDTHS if re.search(pattern, one.name)), 1)
+    if tile := re.match(r"HGMMA\.64x(\d+)", one.name):
         width = int(tile[1]) // 2
-    if name.startswith("STL"):
-        new = {slot: value(_after(operands[1], n)) for n, slot in enumerate(_slots(operands[0], width))}
-    else:
-        to, *x = [y for y in operands if not re.fullmatch(r"!?U?P(T|\d)", y)] or [""]
-        if not re.fullmatch(r"U?R\d+", to):
-            return
-        kind = name.partition(".")[0]
-        new = {_after(to, n): None for n in range(width)}
-        if kind in ("MOV", "UMOV", "R2UR"):
-            new[to] = value(x[0])
-        elif kind in ("SGXT", "USGXT") and x[1] in ("0xe", "0xf"):
-            new[to] = FIELD
-        elif kind in ("IADD3", "UIADD3", "VIADD"):
-            new[to] = _sum([value(y) for y in x[:3]])
-            if width == 2:
-                new[_after(to, 1)] = _sum([high(y) for y in x[:3]])
-        elif kind == "IMAD" and width == 1 and x[0] == "RZ":
-            new[to] = value(x[2])
-        elif kind == "IMAD" and width == 1 and x[1] == "0x1":
-            new[to] = _sum([value(x[0]), value(x[2])])
-        elif kind in ("LOP3", "ULOP3") and x[1] in ("0x3fff", "0x7fff") and "0xc0" in x:
-            new[to] = FIELD
-        elif kind in ("LOP3", "ULOP3") and "0xfc" in x:
-            new[to] = _sum([value(y) for y in x[:2]])
-        elif kind == "CS2R" and x[0] == "SRZ":
-            new = dict.fromkeys(new, 0)
-        elif kind == "LDL":
-            new |= {_after(to, n): state.get(slot) for n, slot in enumerate(_slots(x[0], width))}
-    for register, result in new.items():
-        state[register] = result if not one.predicated or state.get(register) == result else None
+    to, *x = [y for y in one.operands if not re.fullmatch(r"!?U?P(T|\d)", y)] or [""]
+    new: State = {_after(to, n): None for n in range(width)} if re.fullmatch(r"U?R\d+", to) else {}
+    lost: tuple[str, ...] = ()
+    if kind == "STL":
+        new = {slot: value(_after(x[0], n)) for n, slot in enumerate(_slots(to, width))}
+        lost = ("stack",) if not new or re.match(r"[US](8|16)", form) else ()
+    elif kind == "CALL":
+        lost = ("",)
+    elif to == "R1":
+        lost = ("stack",)
+    elif kind in ("MOV", "UMOV", "R2UR"):
+        new[to] = value(x[0])
+    elif kind in ("SGXT", "USGXT") and form == "U32" and x[1] in ("0xe", "0xf"):
+        new[to] = FIELD
+    elif kind in ("IADD3", "UIADD3", "VIADD"):
+        new[to] = _sum([value(y) for y in x[:3]])
+        if form == "X" and new[to] == FIELD:  # plus a carry
+            new[to] = None
+        if width == 2:
+            new[_after(to, 1)] = _sum([high(y) for y in x[:3]])
+    elif kind == "IMAD" and width == 1 and not form.startswith("HI") and x[0] == "RZ":
+        new[to] = value(x[2])
+    elif kind == "IMAD" and width == 1 and not form.startswith("HI") and x[1] == "0x1":
+        new[to] = _sum([value(x[0]), value(x[2])])
+    elif kind in ("LOP3", "ULOP3") and x[1] in ("0x3fff", "0x7fff") and x[3] == "0xc0":
+        new[to] = FIELD
+    elif kind in ("LOP3", "ULOP3") and x[3] == "0xfc":
+        new[to] = _sum([value(y) for y in x[:2]])
+    elif kind == "CS2R" and x[0] == "SRZ":
+        new = dict.fromkeys(new, 0)
+    elif kind == "LDL":
+        new |= {_after(to, n): state.get(slot) for n, slot in enumerate(_slots(x[0], width))}
+    for place in [place for place in state if place.startswith(lost)] if lost else []:
+        del state[place]
+    for place, result in new.items():
+        state[place] = result if not one.predicated or state.get(place) == result else None
