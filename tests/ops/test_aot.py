@@ -148,6 +148,39 @@ def test_toys_over_the_limits_fail_or_are_reported(tmp_path):
     assert rows[6]["spilled"] > 256 > rows[1]["spilled"]
 
 
+PRODUCTS = """
+import json, tempfile
+from unittest.mock import patch
+from osdn.ops.triton import aot
+
+with tempfile.TemporaryDirectory() as cache:
+    aot.environment(cache)
+    import torch, triton
+    from toys import product_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    arguments = {"x": torch.zeros(64, 64, dtype=torch.bfloat16), "y": torch.zeros(64, 64), "steps": 10, "bias": None}
+    found = aot._specialised(product_kernel, arguments | {"BM": 64}, aot.TARGETS["sm_90"])
+    source = ASTSource(product_kernel, *found)
+    asm = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm
+    strays = aot._nvidia(asm)[2]
+    with patch.object(aot.sass, "_reads_by_descriptors", lambda *_: False):
+        print(json.dumps([strays, aot._nvidia(asm)[2]]))
+"""
+
+
+@needs_triton
+def test_products_are_found_in_what_is_compiled(tmp_path):
+    (tmp_path / "toys.py").write_text(TOYS)
+    done = python("-c", PRODUCTS, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert done.returncode == 0, done.stderr
+    strays, products = json.loads(done.stdout)
+    assert strays == []
+    assert products
+    assert all("gdesc" in x for x in products)
+
+
 LANES = """
 import json, re, tempfile
 from unittest.mock import patch

@@ -348,7 +348,8 @@ def _nvidia(asm: dict[str, Any]) -> tuple[int, int, tuple[str, ...]]:
         def says(tool: Any, option: str) -> str:
             return subprocess.run([tool.path, option, file.name], capture_output=True, text=True, check=True).stdout
 
-        usage, code = says(knobs.nvidia.cuobjdump, "--dump-resource-usage"), says(knobs.nvidia.nvdisasm, "-c")
+        usage = says(knobs.nvidia.cuobjdump, "--dump-resource-usage")
+        code = says(knobs.nvidia.nvdisasm, "-c") if "wgmma" in asm["ptx"] else ""
     return _largest(r"\bREG:(\d+)", usage), _largest(r"\bSTACK:(\d+)", usage), tuple(sass.strays(code))
 
 

@@ -18,7 +18,7 @@ Value = int | str | None
 State = dict[str, Value]
 """By register, or by place on the stack; what is not there may hold anything."""
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _LABEL = re.compile(r"(\.L\w+):")
 _ENDS = ("BRA", "EXIT", "RET", "JMP", "BRX")
 _WIDTHS = (
@@ -82,12 +82,12 @@ def _blocks(code: str) -> dict[str, _Block]:
         elif parts := _INSTRUCTION.search(line):
             if block is None:
                 block = blocks.setdefault(str(number), _Block([], []))
-            operands = [x.strip().removesuffix(".reuse") for x in parts[4].split(",")]
-            one = _Instruction(line, bool(parts[2]), parts[3], operands)
+            operands = [x.strip().removesuffix(".reuse") for x in parts[3].split(",")]
+            one = _Instruction(line, bool(parts[1]), parts[2], operands)
             block.instructions.append(one)
             if one.name.partition(".")[0] in _ENDS:
-                block.next.extend(re.findall(r"\.L\w+", parts[4]))
-                goes_on = one.predicated or re.search(r"\bU?P\d", parts[4]) or one.name in ("BRA.DIV", "BRA.CONV")
+                block.next.extend(re.findall(r"\.L\w+", parts[3]))
+                goes_on = one.predicated or re.search(r"\bU?P\d", parts[3]) or one.name in ("BRA.DIV", "BRA.CONV")
                 block = begin(str(number)) if goes_on else None
     return {name: block._replace(next=[x for x in block.next if x in blocks]) for name, block in blocks.items()}
 
