@@ -274,6 +274,32 @@ def test_nothing_is_started_that_would_not_end_in_time(command):
     assert "Stopped before long" in tables
 
 
+def test_peers_are_tuned_at_each_shape(command):
+    """At the second shape, fla-deltanet's kernel has been tuned at the first."""
+    triton = pytest.importorskip("triton")
+
+    def tuner(package):
+        def kernel(x):
+            """Never compiled."""
+
+        kernel.__module__ = f"{package}.ops"
+        return triton.autotune([triton.Config({})], key=["x"])(triton.jit(kernel))
+
+    theirs, other = tuner("torch"), tuner("torchvision")
+    found = {}
+
+    def run(x):
+        shape = "long" if x.cu_seqlens is None else "packed"
+        found.setdefault(shape, (list(theirs.cache), list(other.cache)))
+        for kernel in (theirs, other):
+            kernel.cache[shape] = kernel.configs[0]
+        return plain(x)
+
+    arguments = ("--suite", "gpu", "--decays", "none", "--only", "osdn", "fla-deltanet", "--shapes", "long", "packed")
+    command(suite(fla_deltanet=run), *arguments)
+    assert found == {"long": ([], []), "packed": ([], ["long"])}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -82,7 +82,7 @@ class Case:
     preconditioner: what the float64 reference computes. claim: what share of (chunk of 64, head) pairs sees a clip;
     None where that is not asserted. decays: those it runs under. step: it takes shapes of one token, and updates their
     state in place. function: a peer's own name; None for ours. plain: it computes our operator with
-    `preconditioner=None`. tuning: seconds that a peer's first call at some number of heads has been seen to take.
+    `preconditioner=None`. tuning: seconds that a peer's first calls have been seen to take.
     tolerances: relative errors of its gate, in place of the suite's.
     """
 

@@ -1,13 +1,15 @@
 """The GPU suite: ours beside its peers, decay by decay and shape by shape.
 
-Peers tune themselves for minutes when first called, so `Selection` limits what one command does. What it finds is a
-"run", and `report.add` collects those of a day. Within an entry (a shape under a decay) all contestants take turns.
+Peers tune themselves for minutes when first called, so `Selection` limits what one command does; and they do so at each
+shape, since what is the fastest at one can be half as fast at another. What one command finds is a "run", and
+`report.add` collects those of a day. Within an entry (a shape under a decay) all contestants take turns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import importlib.util
 import math
 import os
@@ -61,6 +63,7 @@ def run(suite: Suite, chosen: Selection, *, repeats: int, seed: int = 0, quick: 
         raise ValueError(f"--suite gpu needs a CUDA device, and torch {torch.__version__} sees none")
     # FLA would pass its gated rule on to FlashQLA where that is installed, and be measured as a peer of itself.
     os.environ.setdefault("FLA_FLASH_QLA", "0")
+    os.environ.setdefault("FLA_CACHE_RESULTS", "0")  # nor keep on disk what it chose at another shape
     device = Cuda("cuda") if suite.device == "cuda" else Device(suite.device)
     session = _Session(suite, chosen, device, repeats, seed, _start(suite, chosen, repeats, seed, quick))
     for decay, (name, shape) in product(decays, shapes.items()):
@@ -119,7 +122,6 @@ class _Session:
     seed: int
     run: Run
     started: float = field(default_factory=time.monotonic)
-    tuned: set[tuple[str, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.run["ceilings"] = self.device.ceilings()
@@ -140,7 +142,7 @@ class _Session:
         entry = {"shape": name, "decay": decay, "flop": _flop(shape), "contestants": contestants, "left_out": left_out}
         ready: dict[str, dict[str, Call]] = {mode: {} for mode in (MODES if shape.T > 1 else ("step",))}
         for case in sorted(wanted, key=lambda case: case.function is not None):  # ours first
-            why = self._why_not(case, name, shape, decay, x)
+            why = self._why_not(case, name, decay, x)
             if case.function and not contestants and "red" in left_out.values():
                 why = "nothing to compare it with"
             if why:
@@ -148,7 +150,6 @@ class _Session:
                 continue
             calls = {mode: partial(call, case.run, x, mode) for mode in ready}
             refused = self._first_calls(case, calls)
-            self.tuned.add((case.name, shape.H))
             if refused and not case.function:
                 self.run["red"][f"{case.name}, {name}, {decay}"] = str(refused)
                 left_out[case.name] = "red"
@@ -170,7 +171,7 @@ class _Session:
             self._rotate(contestants, x)
         return entry
 
-    def _why_not(self, case: Case, name: str, shape: Shape, decay: str, x: Inputs) -> str:
+    def _why_not(self, case: Case, name: str, decay: str, x: Inputs) -> str:
         """Why the case is not to be called: wrong, on inputs that are not what it claims, not there, or late.
 
         Asked once under each decay, and of each shape. A wrong one of ours is the run's failure; a peer is not gated.
@@ -179,9 +180,9 @@ class _Session:
             package = case.function.partition(".")[0]
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
-            needs = 0 if (case.name, shape.H) in self.tuned else case.tuning
-            late = f"{max(0, self.left()):.0f} s were left, and its first calls have been seen to take {needs:.0f} s"
-            return late if needs > self.left() else ""
+            left, needs = max(0, self.left()), case.tuning
+            late = f"{left:.0f} s were left, and its first calls have been seen to take {needs:.0f} s"
+            return late if needs > left else ""
         checks: dict[str, Callable[[], dict[str, float]]] = {
             f"{case.name}, {decay}": lambda: gate(self.suite, case, decay=decay, seed=self.seed),
             f"{case.name}, {name}": lambda: check_claim(case, x),
@@ -198,6 +199,8 @@ class _Session:
     def _first_calls(self, case: Case, calls: Mapping[str, Call]) -> dict[str, str]:
         """By mode, what there is instead of a result: peers may refuse, and are given a limited time."""
         refused = {}
+        if case.function:
+            _untune(case.function.partition(".")[0])
         for mode, one in calls.items():
             if case.function:
                 _say(f"{self.elapsed():.0f} s: {case.name}, first {mode}")
@@ -242,6 +245,17 @@ class _Session:
                 measured["refused"]["rotated"] = _text(error)
             else:
                 measured["times"]["rotated"] = _summary(seconds)
+
+
+def _untune(package: str) -> None:
+    """Have kernels of that package choose their configs anew: they do so by keys without a sequence's length and how
+    many there are, and would go on with what was the fastest at the first shape that they met."""
+    if "triton" in sys.modules:
+        from triton.runtime.autotuner import Autotuner
+
+        for tuner in [x for x in gc.get_objects() if issubclass(type(x), Autotuner)]:
+            if tuner.base_fn.__module__.partition(".")[0] == package:
+                tuner.cache.clear()
 
 
 def _bytes(case: Case, x: Inputs) -> dict[str, int]:

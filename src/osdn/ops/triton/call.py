@@ -119,6 +119,9 @@ class Call:
     def tokens(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.new(*self.k.shape[:2], *shape, dtype=dtype)
 
+    def sequences(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.new(self.N, self.HV, *shape, dtype=dtype)
+
     def segments(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.new(self.N * self.SPLIT, self.HV, *shape, dtype=dtype)
 
@@ -130,12 +133,6 @@ class Call:
         cu, _, first = self.tables
         programs = self.N * self.HV * (1 if arguments.get("WALK") else self.SPLIT)
         self._launch(kernel, programs, arguments, cu_seqlens=cu, first_chunk=first)
-
-    def of_sequences(self, x: Tensor, segment: int) -> Tensor:
-        """Of what each segment has, the first's or last's; of a single sequence no view, which would keep all alive."""
-        if self.SPLIT == 1:
-            return x
-        return x.unflatten(0, (self.N, self.SPLIT))[:, segment].clone(memory_format=torch.contiguous_format)
 
     def chain(self, maps: Tensor, steps: Tensor, x_0: Tensor | None, back: bool) -> Tensor:
         """x before each segment (behind it, where back, with maps transposed) from what the segments do to it."""
@@ -161,6 +158,7 @@ class Call:
 
         def grid(meta: dict[str, Any]) -> tuple[int]:
             columns = meta.get("V", meta["K"]) + (meta["K"] if meta.get("S_map") is not None else 0)
-            return (programs * (-(-columns // meta["BV"]) if kernel in _OVER_V else 1),)
+            blocks = -(-columns // meta["BV"]) if kernel in _OVER_V else 1
+            return (programs * (blocks + (kernel is kernels.precondition_map_kernel)),)
 
         launch(kernel, grid, self.k.device, **takes)

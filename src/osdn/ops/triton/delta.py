@@ -268,11 +268,12 @@ def delta_inter_fwd_kernel(
     BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is not None of: o and U [tokens, HV, V], S_end [segments, HV, K, V], S before each chunk -> states.
+    """What is not None of: o and U [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states.
 
-    What the pass adds to S but for what v adds, a map less the identity -> S_map [segments, HV, K, K], and transposed
-    -> S_map_T, computed in columns behind those of S, which begin as the identity. S is held transposed: so what
-    products take from it, and from each other, stays in registers.
+    With S_map, of segments that begin with 0: S_end [segments, HV, K, V], and what the pass adds to S but for what v
+    adds, a map less the identity -> S_map [segments, HV, K, K], and transposed -> S_map_T, computed in columns behind
+    those of S, which begin as the identity. S is held transposed: so what products take from it, and from each other,
+    stays in registers.
     """
     NV: tl.constexpr = (V + (0 if S_map is None else K) + BV - 1) // BV
     bv = tl.program_id(0) % NV
@@ -319,6 +320,9 @@ def delta_inter_fwd_kernel(
             S *= kept[None, :]
         S += tl.dot((Uc * fw[None, :]).to(DT), wr, input_precision=PRECISION)
     if S_end is not None:
+        if S_map is None:
+            inside = (u < tl.where(n % SPLIT == SPLIT - 1, V, 0))[:, None] & (i < K)[None, :]
+            n //= SPLIT
         tl.store(S_end + (n * HV + h).to(tl.int64) * K * V + entries, S, inside)
     if S_map is not None:
         at = (n * HV + h).to(tl.int64) * K * K
@@ -350,8 +354,8 @@ def delta_inter_bwd_kernel(
     BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """What is not None of: dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0
-    [segments, HV, K, V].
+    """dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0 [N, HV, K, V]; with dB None, dS
+    before each segment alone -> dS_0 [segments, HV, K, V].
 
     dU = P^T dO + w dS, dB = T^T dU, dS <- Gamma dS + scale q^T dO - k^T (beta dB). TURNED: all of these are held
     transposed, as S is in `delta_inter_fwd_kernel`.
@@ -383,7 +387,7 @@ def delta_inter_bwd_kernel(
         Tc = tl.load(T + cell * C * C + square).to(DT)
         Pc = tl.load(P + cell * C * C + square).to(DT)
         b = per_token(beta, first, end, h, HV, C)
-        if dstates is not None:
+        if dB is not None:
             tl.store(dstates + cell * K * V + entries, dS.to(dstates.dtype.element_ty), inside)
         dO = turned(dor, TURNED)
         dU = times(wr, dS.to(DT), TURNED, PRECISION) * tl.expand_dims(fw, ROW)
@@ -397,8 +401,10 @@ def delta_inter_bwd_kernel(
             dS *= tl.expand_dims(kept, ROW)
         dS += times(tl.trans(qr), scaled, TURNED, PRECISION)
         dS -= times(tl.trans(kr), (dBc * tl.expand_dims(b * fk, ROW)).to(DT), TURNED, PRECISION)
-    if dS_0 is not None:
-        tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
+    if dB is not None:
+        inside = (i < K) & (u < tl.where(n % SPLIT == 0, V, 0))
+        n //= SPLIT
+    tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
 
 
 @triton.jit

@@ -66,27 +66,6 @@ class _Rule:
         )  # fmt: skip
         return factors
 
-    def passes(
-        self, kernel: Any, begin: str, x: Tensor | None, end: str, maps: Tensor | None, **arguments: Any
-    ) -> Tensor:
-        """From chunk to chunk as long as no clip may fire, then token by token in chunks where one may.
-
-        x, the argument `begin` of the kernel, is what a sequence begins with; what each segment ends with is returned.
-        """
-        call, back = self.call, begin == "d_adj_end"
-        ends = call.segments(self.k.shape[3])
-        arguments[end] = ends
-        if maps is not None:
-            call.by_segment(kernel, WALK=False, **arguments | {begin: None, "BOX": False})
-            x = call.chain(maps, ends, x, back=back)
-        call.by_segment(kernel, WALK=False, **{begin: x}, **arguments)
-        if arguments["BOX"]:
-            if not back:
-                arguments["stops"] = torch.full_like(arguments["last"], 2**31 - 1)
-                call.by_chunk(kernels.precondition_check_kernel, **arguments)
-            call.by_segment(kernel, WALK=True, **{begin: x}, **arguments)
-        return ends
-
     def empty_path(self) -> _Path:
         call, n, HV, K = self.call, self.call.chunk_count, self.call.HV, self.k.shape[3]
         # fp16 is as exact as tf32 and overflows where d would grow by 65504 in a chunk: only a box has that walked to.
@@ -95,20 +74,28 @@ class _Rule:
             starts=call.new(n, HV, K),
             e=call.tokens(HV),
             tails=call.new(n, HV, dtype=torch.int32),
-            last=call.new(call.N, HV, dtype=torch.int32),
+            last=call.sequences(dtype=torch.int32),
             maps=call.segments(K, K, dtype=call.stored) if call.SPLIT > 1 else None,
             solve=call.new(n, HV, call.C, call.C, dtype=torch.float16 if small else torch.float32),
         )
 
     def forward(self, d: Tensor, rk: Tensor | None) -> tuple[_Path, Tensor]:
         """Where d goes, and d at the end; rk is filled in where keys are to be normalised."""
-        path = self.empty_path()
-        arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "stops": None}
+        call, path = self.call, self.empty_path()
+        arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "d_0": d}
         if path.maps is not None:
-            arguments |= {"maps": torch.empty_like(path.maps, dtype=torch.float32), "maps_T": path.maps}
-            self.call.by_segment(kernels.precondition_map_kernel, **arguments)
-        ends = self.passes(kernels.precondition_fwd_kernel, "d_0", d, "d_end", **arguments)
-        return path, self.call.of_sequences(ends, -1)
+            steps, maps = call.segments(d.shape[2]), call.segments(*path.maps.shape[2:])
+            call.by_segment(
+                kernels.precondition_map_kernel, **arguments | {"d_end": steps, "maps": maps, "maps_T": path.maps}
+            )
+            arguments["d_0"] = call.chain(maps, steps, d, back=False)
+        arguments["d_end"] = torch.empty_like(d)
+        arguments["stops"] = call.sequences(dtype=torch.int32) if self.arguments["BOX"] else None
+        call.by_segment(kernels.precondition_fwd_kernel, WALK=False, **arguments)
+        if self.arguments["BOX"]:
+            call.by_chunk(kernels.precondition_check_kernel, **arguments)
+            call.by_segment(kernels.precondition_fwd_kernel, WALK=True, **arguments)
+        return path, arguments["d_end"]
 
     def backward(
         self, a: Tensor, d_adj_end: Tensor | None, rk: Tensor | None, path: _Path, dk_rest: Tensor | None = None,
@@ -122,8 +109,17 @@ class _Rule:
         common = self.arguments | vars(path) | {"a": a, "rk": rk, "p": p, "u": u, "adj_ends": adj_ends}
         common["OF_WRITE_KEY"] = dk_rest is not None
         call.by_chunk(kernels.precondition_local_kernel, **local, **common)
+        passes = partial(call.by_segment, kernels.precondition_bwd_kernel)
         passed = {**common, **local, "factors": self.factors(rk, path, False)}
-        adj_0 = self.passes(kernels.precondition_bwd_kernel, "d_adj_end", d_adj_end, "d_adj_0", **passed)
+        if path.maps is not None:
+            first = call.segments(K)
+            alone = {"d_adj_end": None, "d_adj_0": first, "p": None, "BOX": False}
+            passes(WALK=False, **passed | alone)
+            d_adj_end = call.chain(path.maps, first, d_adj_end, back=True)
+        passed |= {"d_adj_end": d_adj_end, "d_adj_0": call.sequences(K)}
+        passes(WALK=False, **passed)
+        if self.arguments["BOX"]:
+            passes(WALK=True, **passed)
         dk = call.tokens(HV, K, dtype=self.k.dtype)
         dbeta = call.tokens(HV) if self.p.feedback == "beta_aware" else None
         dforget = None if self.forget is None else call.tokens(HV)
@@ -131,7 +127,7 @@ class _Rule:
             kernels.precondition_grads_kernel, dk=dk, dbeta=dbeta, dforget=dforget, dk_rest=dk_rest,
             dbeta_rest=dbeta_rest, **common,
         )  # fmt: skip
-        return dk, dbeta if dbeta is not None else dbeta_rest, dforget, call.of_sequences(adj_0, 0)
+        return dk, dbeta if dbeta is not None else dbeta_rest, dforget, passed["d_adj_0"]
 
 
 @dataclass(frozen=True)
@@ -199,15 +195,16 @@ class _Delta:
         """o, S at the end, and what is kept: S before segments and their maps transposed, T, P, w and scales."""
         call, K, V = self.call, self.k.shape[3], self.call.V
         intra = self.intra(rq, rk, path)
-        o, ends = torch.empty_like(self.v), call.segments(K, V)
+        o, S_end = torch.empty_like(self.v), call.sequences(K, V)
         pass_on = partial(self.pass_on, self.read(rq, rk, intra))
         starts = maps_T = None
         if call.SPLIT > 1:
-            maps, maps_T = call.segments(K, K), call.segments(K, K, dtype=call.stored)
-            pass_on(S_end=ends, S_map=maps, S_map_T=maps_T)
-            S = starts = call.chain(maps, ends, S, back=False)
-        pass_on(S_0=S, o=o, S_end=ends)
-        return o, call.of_sequences(ends, -1), [starts, maps_T, *intra.values()]
+            steps, maps, maps_T = call.segments(K, V), call.segments(K, K), call.segments(K, K, dtype=call.stored)
+            pass_on(S_end=steps, S_map=maps, S_map_T=maps_T)
+            S = starts = call.chain(maps, steps, S, back=False)
+            del steps, maps
+        pass_on(S_0=S, o=o, S_end=S_end)
+        return o, S_end, [starts, maps_T, *intra.values()]
 
     def backward(
         self, do: Tensor, dS_end: Tensor | None, S: Tensor | None, kept: list[Tensor | None], rq: Tensor | None,
@@ -221,11 +218,12 @@ class _Delta:
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
         self.pass_on(read, S_0=S if starts is None else starts, states=states, U=U)
         back = partial(call.by_segment, delta.delta_inter_bwd_kernel, do=do, **read)
-        first = call.segments(K, V)
         if maps_T is not None:
+            first = call.segments(K, V)
             back(dS_end=None, dB=None, dstates=None, dS_0=first)
             dS_end = call.chain(maps_T, first, dS_end, back=True)
-        back(dS_end=dS_end, dB=dB, dstates=dstates, dS_0=first)
+        dS_0 = call.sequences(K, V)
+        back(dS_end=dS_end, dB=dB, dstates=dstates, dS_0=dS_0)
         del read, back  # under a decay per channel, copies of q, k and w
         found = {
             "dq": call.tokens(HV, K, dtype=self.q.dtype),
@@ -239,7 +237,7 @@ class _Delta:
             delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=intra[2], v=self.v, rq=rq, rk=rk, states=states,
             dstates=dstates, U=U, dB=dB, do=do, **found, **self.common,
         )  # fmt: skip
-        return found | {"dS": None if S is None else call.of_sequences(first, 0)}
+        return found | {"dS": None if S is None else dS_0}
 
 
 def _parts(
@@ -291,14 +289,14 @@ def _delta_rule(
 def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, scale, chunk_size):  # type: ignore[no-untyped-def]
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
     call = parts.call
-    HV, K, V = call.HV, k.shape[3], v.shape[3]
+    K, V = k.shape[3], v.shape[3]
     starts = call.segments(K, V) if call.SPLIT > 1 else None
     maps = call.segments(K, K, dtype=call.stored) if call.SPLIT > 1 else None
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if parts.rule is None else parts.rule.empty_path()
     d_end = None if d is None else torch.empty_like(d)
     kept = (starts, maps, *parts.empty_intra().values(), *norms, *vars(path).values())
-    return torch.empty_like(v), call.new(call.N, HV, K, V), *_or_empty(k, d_end, *kept)
+    return torch.empty_like(v), call.sequences(K, V), *_or_empty(k, d_end, *kept)
 
 
 def _delta_rule_backward(

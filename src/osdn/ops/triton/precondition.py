@@ -293,6 +293,13 @@ def fetch(
 
 
 @triton.jit
+def onward(d, xx, M, c1, c2, behind, kept, eta):
+    """e of a chunk's tokens from d before it, and d behind it, where no clip fires."""
+    e = total(M, (c1 - c2 * total(xx, d[None, :], 1))[None, :], 1)
+    return e, kept * d + total(xx, (eta * e * behind)[:, None])
+
+
+@triton.jit
 def clips(solve, cell, C: tl.constexpr):
     """Of a chunk that was walked through, C bits for each channel in place of M, which has room for 16 C channels."""
     WORD: tl.constexpr = tl.int64 if C == 64 else tl.int32 if C == 32 else tl.int16
@@ -316,11 +323,11 @@ def precondition_fwd_kernel(
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr,
     WALK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], d_end [segments, HV, K].
+    """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], d_end [N, HV, K].
 
-    Without WALK, as if no clip fired. With it, each sequence from its chunk `stops` [N, HV] on: how many tokens a chunk
-    has from the first clip on -> tails [chunks, HV], if any, in place of its M a bit for each token whose clip
-    was inactive, and the last such chunk, or -1 -> last [N, HV].
+    Without WALK, from d before each segment, as if no clip fired. With it, each sequence from its chunk `stops`
+    [N, HV] on: how many tokens a chunk has from the first clip on -> tails [chunks, HV], if any, in place of its M a
+    bit for each token whose clip was inactive, and the last such chunk, or -1 -> last [N, HV].
     """
     n = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
@@ -331,23 +338,27 @@ def precondition_fwd_kernel(
     count = tl.cdiv(end - begin, C).to(tl.int32)
     begun = 0
     latest = -1
+    live = i < K
     if WALK:
         begun = tl.load(stops + n * HV + h)
         if begun >= count:
             tl.store(last + n * HV + h, latest)
             return
-        at += (SPLIT - 1) * HV * K * (n + 1)
         d = tl.load(starts + ((c + begun) * HV + h) * K + i, i < K, 0.0)
     else:
         d = tl.zeros([BK], tl.float32)
         if d_0 is not None:
             d = tl.load(d_0 + at, i < K, 0.0)
+        live = i < tl.where(n % SPLIT == SPLIT - 1, K, 0)
+        n //= SPLIT
+        at = (n * HV + h).to(tl.int64) * K + i
+        if stops is not None:
+            tl.store(stops + n * HV + h, 2**31 - 1)
     for m in tl.range(begun, count, num_stages=STAGES):
         xx, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         first = begin + m * C
         tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
-        solved = total(M, (c1 - c2 * total(xx, d[None, :], 1))[None, :], 1)
-        new = kept * d + total(xx, (eta * solved * behind)[:, None])
+        solved, new = onward(d, xx, M, c1, c2, behind, kept, eta)
         before = C
         if WALK:
             steps = eta * solved * r2
@@ -385,7 +396,7 @@ def precondition_fwd_kernel(
         d = new
     if WALK:
         tl.store(last + n * HV + h, latest)
-    tl.store(d_end + at, d, i < K)
+    tl.store(d_end + at, d, live)
 
 
 @triton.jit
@@ -412,20 +423,31 @@ def precondition_check_kernel(
 
 @triton.jit
 def precondition_map_kernel(
-    k, solve, factors, maps, maps_T, cu_seqlens, first_chunk, eta, tokens,
+    k, solve, factors, maps, maps_T, d_end, cu_seqlens, first_chunk, eta, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """How d at the end of each segment depends on d at its beginning, less the identity -> maps [segments, HV, K, K],
-    and transposed -> maps_T, as if no clip fired. Held transposed, as S is in `delta_inter_fwd_kernel`."""
-    NV: tl.constexpr = (K + BV - 1) // BV
+    """What a segment does to d, as if no clip fired: d at its end where it begins with 0 -> d_end [segments, HV, K],
+    and how that depends on where it begins, less the identity -> maps [segments, HV, K, K], and transposed -> maps_T.
+    Maps are held transposed, as S is in `delta_inter_fwd_kernel`, in blocks of columns; the last block is d_end's."""
+    NV: tl.constexpr = (K + BV - 1) // BV + 1
     n = tl.program_id(0) // (NV * HV)
     h = (tl.program_id(0) // NV) % HV
+    block = tl.program_id(0) % NV
     begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    count = tl.cdiv(end - begin, C)
     i = tl.arange(0, BK)
-    u = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
+    if block == NV - 1:
+        d = tl.zeros([BK], tl.float32)
+        for m in tl.range(0, count, num_stages=STAGES):
+            xx, M, c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
+            _e, d = onward(d, xx, M, c1, c2, behind, kept, eta)
+        tl.store(d_end + (n * HV + h).to(tl.int64) * K + i, d, i < K)
+        return
+    u = block * BV + tl.arange(0, BV)
     D = tl.where(u[:, None] == i[None, :], 1.0, 0.0)
-    for m in range(0, tl.cdiv(end - begin, C)):
+    for m in tl.range(0, count, num_stages=STAGES):
         xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         xx = xx.to(DT)
         X = tl.dot(D.to(DT), tl.trans(xx), input_precision=PRECISION) * c2[None, :]
@@ -501,8 +523,9 @@ def precondition_bwd_kernel(
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
     WALK: tl.constexpr, SPLIT: tl.constexpr, OF_WRITE_KEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """p [tokens, HV] = <u_t, s_t>, the adjoint behind each chunk -> adj_ends [chunks, HV, K], before each segment ->
-    d_adj_0 [segments, HV, K]; of chunks that were walked through, u_t -> u [tokens, HV, K].
+    """p [tokens, HV] = <u_t, s_t>, the adjoint behind each chunk -> adj_ends [chunks, HV, K], before each sequence ->
+    d_adj_0 [N, HV, K]; of chunks that were walked through, u_t -> u [tokens, HV, K]. With p None, the adjoint before
+    each segment alone -> d_adj_0 [segments, HV, K].
 
     Without WALK, each segment down to the chunk behind `last` of its sequence, the last that was walked through; with
     it, each sequence from that chunk to its beginning.
@@ -514,13 +537,13 @@ def precondition_bwd_kernel(
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
     count = tl.cdiv(end - begin, C).to(tl.int32)
+    live = i < K
     until = 0
     if BOX:
         until = tl.load(last + (n // (1 if WALK else SPLIT)) * HV + h) + 1
     if WALK:
         if until <= 0:
             return
-        at += (SPLIT - 1) * HV * K * n
         adj = tl.load(adj_ends + ((c + until - 1) * HV + h) * K + i, i < K, 0.0)
         todo = until
     else:
@@ -529,6 +552,9 @@ def precondition_bwd_kernel(
         if d_adj_end is not None:
             adj = tl.load(d_adj_end + at, i < K, 0.0)
         todo = count - until
+        if p is not None:
+            live = i < tl.where(n % SPLIT == 0, K, 0)
+            at = (n // SPLIT * HV + h).to(tl.int64) * K + i
     for back in tl.range(0, todo, num_stages=STAGES):
         m = (until if WALK else count) - 1 - back
         xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
@@ -536,7 +562,8 @@ def precondition_bwd_kernel(
         hs = per_token(h_local, first, end, h, HV, C)
         row = ((c + m) * HV + h) * K + i
         rest = tl.load(adj_local + row, i < K, 0.0)
-        tl.store(adj_ends + row, adj, i < K)
+        if p is not None:
+            tl.store(adj_ends + row, adj, i < K)
         ps = total(M, (hs + behind * total(xx, adj[None, :], 1))[:, None])
         new = rest + kept * adj - total(xx, (eta * c2 * ps)[:, None])
         walked = False
@@ -567,11 +594,12 @@ def precondition_bwd_kernel(
                             through *= tl.exp(log_kept)
                         new = tl.where(t < end, da + through - eta * b * p_t * sq, new)
                     asked = later
-        tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(walked, first, end))
+        if p is not None:
+            tl.store(p + (first + j) * HV + h, ps, first + j < tl.where(walked, first, end))
         adj = new
-    if not WALK:
+    if BOX and not WALK:
         tl.store(adj_ends + ((c + until - 1) * HV + h) * K + i, adj, i < tl.where(until > 0, K, 0))
-    tl.store(d_adj_0 + at, adj, i < K)
+    tl.store(d_adj_0 + at, adj, live)
 
 
 @triton.jit
