@@ -354,8 +354,8 @@ def delta_inter_bwd_kernel(
     BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0 [N, HV, K, V]; with dB None, dS
-    before each segment alone -> dS_0 [segments, HV, K, V].
+    """What is not None of: dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0
+    [segments, HV, K, V].
 
     dU = P^T dO + w dS, dB = T^T dU, dS <- Gamma dS + scale q^T dO - k^T (beta dB). TURNED: all of these are held
     transposed, as S is in `delta_inter_fwd_kernel`.
@@ -387,7 +387,7 @@ def delta_inter_bwd_kernel(
         Tc = tl.load(T + cell * C * C + square).to(DT)
         Pc = tl.load(P + cell * C * C + square).to(DT)
         b = per_token(beta, first, end, h, HV, C)
-        if dB is not None:
+        if dstates is not None:
             tl.store(dstates + cell * K * V + entries, dS.to(dstates.dtype.element_ty), inside)
         dO = turned(dor, TURNED)
         dU = times(wr, dS.to(DT), TURNED, PRECISION) * tl.expand_dims(fw, ROW)
@@ -401,10 +401,8 @@ def delta_inter_bwd_kernel(
             dS *= tl.expand_dims(kept, ROW)
         dS += times(tl.trans(qr), scaled, TURNED, PRECISION)
         dS -= times(tl.trans(kr), (dBc * tl.expand_dims(b * fk, ROW)).to(DT), TURNED, PRECISION)
-    if dB is not None:
-        inside = (i < K) & (u < tl.where(n % SPLIT == 0, V, 0))
-        n //= SPLIT
-    tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
+    if dS_0 is not None:
+        tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
 
 
 @triton.jit

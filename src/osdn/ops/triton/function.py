@@ -218,12 +218,11 @@ class _Delta:
         U, dB = (call.tokens(HV, V, dtype=call.stored) for _ in range(2))
         self.pass_on(read, S_0=S if starts is None else starts, states=states, U=U)
         back = partial(call.by_segment, delta.delta_inter_bwd_kernel, do=do, **read)
+        first = call.segments(K, V)
         if maps_T is not None:
-            first = call.segments(K, V)
             back(dS_end=None, dB=None, dstates=None, dS_0=first)
             dS_end = call.chain(maps_T, first, dS_end, back=True)
-        dS_0 = call.sequences(K, V)
-        back(dS_end=dS_end, dB=dB, dstates=dstates, dS_0=dS_0)
+        back(dS_end=dS_end, dB=dB, dstates=dstates, dS_0=first)
         del read, back  # under a decay per channel, copies of q, k and w
         found = {
             "dq": call.tokens(HV, K, dtype=self.q.dtype),
@@ -237,7 +236,8 @@ class _Delta:
             delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=intra[2], v=self.v, rq=rq, rk=rk, states=states,
             dstates=dstates, U=U, dB=dB, do=do, **found, **self.common,
         )  # fmt: skip
-        return found | {"dS": None if S is None else dS_0}
+        # A copy: a view of a single sequence's would keep those of all segments alive.
+        return found | {"dS": None if S is None else first.unflatten(0, (call.N, call.SPLIT))[:, 0].clone()}
 
 
 def _parts(

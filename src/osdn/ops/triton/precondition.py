@@ -294,9 +294,13 @@ def fetch(
 
 @triton.jit
 def onward(d, xx, M, c1, c2, behind, kept, eta):
-    """e of a chunk's tokens from d before it, and d behind it, where no clip fires."""
-    e = total(M, (c1 - c2 * total(xx, d[None, :], 1))[None, :], 1)
-    return e, kept * d + total(xx, (eta * e * behind)[:, None])
+    """e of a chunk's tokens from d [1, BK] before it, and d behind it, where no clip fires.
+
+    What one chunk waits for of the one before is mostly what passes between warps. d has two dimensions and M is
+    transposed so that the compiler lays out d and k^2 alike, and k^2 not like M.
+    """
+    e = total(tl.trans(M), (c1 - c2 * total(xx, d, 1))[:, None], 0)
+    return e, kept[None, :] * d + total(xx, (eta * e * behind)[:, None])[None, :]
 
 
 @triton.jit
@@ -354,13 +358,16 @@ def precondition_fwd_kernel(
         at = (n * HV + h).to(tl.int64) * K + i
         if stops is not None:
             tl.store(stops + n * HV + h, 2**31 - 1)
+    d = d[None, :]
     for m in tl.range(begun, count, num_stages=STAGES):
         xx, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         first = begin + m * C
-        tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
+        tl.store(starts + ((c + m) * HV + h) * K + i[None, :], d, (i < K)[None, :])
         solved, new = onward(d, xx, M, c1, c2, behind, kept, eta)
         before = C
         if WALK:
+            d = tl.reshape(d, [BK])
+            new = tl.reshape(new, [BK])
             steps = eta * solved * r2
             if not stays(d, kept, steps, xx, d_min, d_max, K, BK):
                 before, d = until_clip(forget, steps, xx, d, first, end, h, d_min, d_max, HV, K, C, BK, FORGET)
@@ -393,10 +400,10 @@ def precondition_fwd_kernel(
         # In its first chunk WALK leaves e before a clip: rounded otherwise, that would depend on whether one follows.
         own = tl.where(m > begun, before, 0) if WALK else before
         tl.store(e + (first + j) * HV + h, solved, (j < own) & (first + j < end))
-        d = new
+        d = new[None, :] if WALK else new
     if WALK:
         tl.store(last + n * HV + h, latest)
-    tl.store(d_end + at, d, live)
+    tl.store(d_end + at[None, :], d, live[None, :])
 
 
 @triton.jit
@@ -430,22 +437,25 @@ def precondition_map_kernel(
 ):  # fmt: skip
     """What a segment does to d, as if no clip fired: d at its end where it begins with 0 -> d_end [segments, HV, K],
     and how that depends on where it begins, less the identity -> maps [segments, HV, K, K], and transposed -> maps_T.
-    Maps are held transposed, as S is in `delta_inter_fwd_kernel`, in blocks of columns; the last block is d_end's."""
-    NV: tl.constexpr = (K + BV - 1) // BV + 1
-    n = tl.program_id(0) // (NV * HV)
-    h = (tl.program_id(0) // NV) % HV
-    block = tl.program_id(0) % NV
+    Maps are held transposed, as S is in `delta_inter_fwd_kernel`, in blocks of columns. d_end is left by programs
+    behind all of these: where two have to share a processor, a map's does not meet another."""
+    NV: tl.constexpr = (K + BV - 1) // BV
+    block = tl.program_id(0)
+    behind_maps = block - tl.num_programs(0) // (NV + 1) * NV
+    n = tl.where(behind_maps < 0, block // NV, behind_maps)
+    h = n % HV
+    n = n // HV
     begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
     count = tl.cdiv(end - begin, C)
     i = tl.arange(0, BK)
-    if block == NV - 1:
-        d = tl.zeros([BK], tl.float32)
+    if behind_maps >= 0:
+        d = tl.zeros([1, BK], tl.float32)
         for m in tl.range(0, count, num_stages=STAGES):
             xx, M, c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
             _e, d = onward(d, xx, M, c1, c2, behind, kept, eta)
-        tl.store(d_end + (n * HV + h).to(tl.int64) * K + i, d, i < K)
+        tl.store(d_end + (n * HV + h).to(tl.int64) * K + i[None, :], d, (i < K)[None, :])
         return
-    u = block * BV + tl.arange(0, BV)
+    u = block % NV * BV + tl.arange(0, BV)
     D = tl.where(u[:, None] == i[None, :], 1.0, 0.0)
     for m in tl.range(0, count, num_stages=STAGES):
         xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
