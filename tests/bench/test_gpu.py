@@ -275,7 +275,6 @@ def test_nothing_is_started_that_would_not_end_in_time(command):
 
 
 def test_peers_are_tuned_at_each_shape(command):
-    """At the second shape, fla-deltanet's kernel has been tuned at the first."""
     triton = pytest.importorskip("triton")
 
     def tuner(package):
@@ -286,18 +285,19 @@ def test_peers_are_tuned_at_each_shape(command):
         return triton.autotune([triton.Config({})], key=["x"])(triton.jit(kernel))
 
     theirs, other = tuner("torch"), tuner("torchvision")
-    found = {}
+    found = []
 
-    def run(x):
-        shape = "long" if x.cu_seqlens is None else "packed"
-        found.setdefault(shape, (list(theirs.cache), list(other.cache)))
+    def first(x):
+        found.append(("long" if x.cu_seqlens is None else "packed", list(theirs.cache), list(other.cache)))
         for kernel in (theirs, other):
-            kernel.cache[shape] = kernel.configs[0]
+            kernel.cache["tuned"] = kernel.configs[0]
         return plain(x)
 
-    arguments = ("--suite", "gpu", "--decays", "none", "--only", "osdn", "fla-deltanet", "--shapes", "long", "packed")
-    command(suite(fla_deltanet=run), *arguments)
-    assert found == {"long": ([], []), "packed": ([], ["long"])}
+    arguments = ("--suite", "gpu", "--decays", "scalar", "--only", "osdn", "fla-*gdn", "--shapes", "long", "packed")
+    command(suite(fla_gdn=first, fla_precond_gdn=plain), *arguments)
+    untuned = [shape for shape, theirs, _ in found if not theirs]
+    assert untuned == ["long", "packed"]  # once each: a second peer of the package does not undo the first one's
+    assert next(other for shape, _, other in found if shape == "packed") == ["tuned"]
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ KERNEL_MUTANTS = {
     ),
     "d shifted by one": ("precondition", "return below(R, C, False)", "return below(R, C, True)"),
     "d shifted by one where clips fire": ("precondition", "tl.where(r[:, None] == j,", "tl.where(r[:, None] == j + 1,"),
-    "lambda dropped": ("precondition", "e, kept[None, :] * d + total(", "e, d + total("),
+    "lambda dropped": ("precondition", "e, kept * d + total(", "e, d + total("),
     "lambda dropped where clips fire": (
         "precondition",
         "raw += tl.exp(log_kept) * d",

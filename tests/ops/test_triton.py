@@ -163,6 +163,7 @@ SEGMENTED = [
     Case(T=41, B=1, H=1, K=8, forget=True, feedback="beta_aware", box=BOX, chunk_size=16),
     Case(lengths=(40, 0, 1, 70), H=1, HV=2, K=9, decay="channel", forget=True, chunk_size=16, qk_l2norm=True),
     Case(T=100, H=1, K=9, V=20, decay="scalar", box=BOX, chunk_size=32),
+    Case(T=170, B=1, H=1, HV=2, K=72, V=4, forget=True, box=NONE, chunk_size=16, eta=30.0),  # maps in two blocks
 ]
 
 

@@ -1,8 +1,8 @@
 """The GPU suite: ours beside its peers, decay by decay and shape by shape.
 
-Peers tune themselves for minutes when first called, so `Selection` limits what one command does; and they do so at each
-shape, since what is the fastest at one can be half as fast at another. What one command finds is a "run", and
-`report.add` collects those of a day. Within an entry (a shape under a decay) all contestants take turns.
+Peers tune themselves for minutes when first called, so `Selection` limits what one command does; those of Triton do so
+at each shape, since what is the fastest at one can take half as long again at another. What one command finds is a
+"run", and `report.add` collects those of a day. Within an entry (a shape under a decay) all contestants take turns.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class _Session:
         left_out: dict[str, str] = {}
         entry = {"shape": name, "decay": decay, "flop": _flop(shape), "contestants": contestants, "left_out": left_out}
         ready: dict[str, dict[str, Call]] = {mode: {} for mode in (MODES if shape.T > 1 else ("step",))}
+        _untune({_package(case.function) for case in wanted if case.function})
         for case in sorted(wanted, key=lambda case: case.function is not None):  # ours first
             why = self._why_not(case, name, decay, x)
             if case.function and not contestants and "red" in left_out.values():
@@ -177,7 +178,7 @@ class _Session:
         Asked once under each decay, and of each shape. A wrong one of ours is the run's failure; a peer is not gated.
         """
         if case.function:
-            package = case.function.partition(".")[0]
+            package = _package(case.function)
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
             left, needs = max(0, self.left()), case.tuning
@@ -199,8 +200,6 @@ class _Session:
     def _first_calls(self, case: Case, calls: Mapping[str, Call]) -> dict[str, str]:
         """By mode, what there is instead of a result: peers may refuse, and are given a limited time."""
         refused = {}
-        if case.function:
-            _untune(case.function.partition(".")[0])
         for mode, one in calls.items():
             if case.function:
                 _say(f"{self.elapsed():.0f} s: {case.name}, first {mode}")
@@ -247,14 +246,18 @@ class _Session:
                 measured["times"]["rotated"] = _summary(seconds)
 
 
-def _untune(package: str) -> None:
-    """Have kernels of that package choose their configs anew: they do so by keys without a sequence's length and how
-    many there are, and would go on with what was the fastest at the first shape that they met."""
+def _package(function: str) -> str:
+    return function.partition(".")[0]
+
+
+def _untune(packages: set[str]) -> None:
+    """Have Triton kernels of these packages choose their configs anew: most do so by keys without a sequence's length
+    and how many there are, and would go on with what was the fastest at the first shape that they met."""
     if "triton" in sys.modules:
         from triton.runtime.autotuner import Autotuner
 
         for tuner in [x for x in gc.get_objects() if issubclass(type(x), Autotuner)]:
-            if tuner.base_fn.__module__.partition(".")[0] == package:
+            if _package(tuner.base_fn.__module__) in packages:
                 tuner.cache.clear()
 
 

@@ -159,6 +159,7 @@ class Call:
         def grid(meta: dict[str, Any]) -> tuple[int]:
             columns = meta.get("V", meta["K"]) + (meta["K"] if meta.get("S_map") is not None else 0)
             blocks = -(-columns // meta["BV"]) if kernel in _OVER_V else 1
-            return (programs * (blocks + (kernel is kernels.precondition_map_kernel)),)
+            alone = kernel is kernels.precondition_map_kernel  # a program for d itself
+            return (programs * (blocks + alone),)
 
         launch(kernel, grid, self.k.device, **takes)

@@ -89,6 +89,7 @@ class _Rule:
                 kernels.precondition_map_kernel, **arguments | {"d_end": steps, "maps": maps, "maps_T": path.maps}
             )
             arguments["d_0"] = call.chain(maps, steps, d, back=False)
+            del steps, maps
         arguments["d_end"] = torch.empty_like(d)
         arguments["stops"] = call.sequences(dtype=torch.int32) if self.arguments["BOX"] else None
         call.by_segment(kernels.precondition_fwd_kernel, WALK=False, **arguments)
@@ -236,8 +237,9 @@ class _Delta:
             delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=intra[2], v=self.v, rq=rq, rk=rk, states=states,
             dstates=dstates, U=U, dB=dB, do=do, **found, **self.common,
         )  # fmt: skip
-        # A copy: a view of a single sequence's would keep those of all segments alive.
-        return found | {"dS": None if S is None else first.unflatten(0, (call.N, call.SPLIT))[:, 0].clone()}
+        if call.SPLIT > 1:  # copied, as a view of a single sequence's would keep those of all segments alive
+            first = first.unflatten(0, (call.N, call.SPLIT))[:, 0].clone()
+        return found | {"dS": None if S is None else first}
 
 
 def _parts(

@@ -293,14 +293,18 @@ def fetch(
 
 
 @triton.jit
-def onward(d, xx, M, c1, c2, behind, kept, eta):
-    """e of a chunk's tokens from d [1, BK] before it, and d behind it, where no clip fires.
+def onward(d, xx, M, c1, c2, behind, kept, eta, TURNED: tl.constexpr):
+    """e of a chunk's tokens from d before it, and d behind it, where no clip fires.
 
-    What one chunk waits for of the one before is mostly what passes between warps. d has two dimensions and M is
-    transposed so that the compiler lays out d and k^2 alike, and k^2 not like M.
+    TURNED, M is used transposed: the compiler then does not lay out k^2 as M, which it would add up over tokens with
+    more passing between lanes and warps, and that is what a chunk waits for.
     """
-    e = total(tl.trans(M), (c1 - c2 * total(xx, d, 1))[:, None], 0)
-    return e, kept[None, :] * d + total(xx, (eta * e * behind)[:, None])[None, :]
+    z = c1 - c2 * total(xx, d[None, :], 1)
+    if TURNED:
+        e = total(tl.trans(M), z[:, None], 0)
+    else:
+        e = total(M, z[None, :], 1)
+    return e, kept * d + total(xx, (eta * e * behind)[:, None])
 
 
 @triton.jit
@@ -350,24 +354,19 @@ def precondition_fwd_kernel(
             return
         d = tl.load(starts + ((c + begun) * HV + h) * K + i, i < K, 0.0)
     else:
-        d = tl.zeros([BK], tl.float32)
-        if d_0 is not None:
-            d = tl.load(d_0 + at, i < K, 0.0)
+        d = tl.load(d_0 + at, i < K, 0.0)
         live = i < tl.where(n % SPLIT == SPLIT - 1, K, 0)
         n //= SPLIT
         at = (n * HV + h).to(tl.int64) * K + i
         if stops is not None:
             tl.store(stops + n * HV + h, 2**31 - 1)
-    d = d[None, :]
     for m in tl.range(begun, count, num_stages=STAGES):
         xx, M, c1, c2, r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
         first = begin + m * C
-        tl.store(starts + ((c + m) * HV + h) * K + i[None, :], d, (i < K)[None, :])
-        solved, new = onward(d, xx, M, c1, c2, behind, kept, eta)
+        tl.store(starts + ((c + m) * HV + h) * K + i, d, i < K)
+        solved, new = onward(d, xx, M, c1, c2, behind, kept, eta, not WALK)
         before = C
         if WALK:
-            d = tl.reshape(d, [BK])
-            new = tl.reshape(new, [BK])
             steps = eta * solved * r2
             if not stays(d, kept, steps, xx, d_min, d_max, K, BK):
                 before, d = until_clip(forget, steps, xx, d, first, end, h, d_min, d_max, HV, K, C, BK, FORGET)
@@ -400,10 +399,10 @@ def precondition_fwd_kernel(
         # In its first chunk WALK leaves e before a clip: rounded otherwise, that would depend on whether one follows.
         own = tl.where(m > begun, before, 0) if WALK else before
         tl.store(e + (first + j) * HV + h, solved, (j < own) & (first + j < end))
-        d = new[None, :] if WALK else new
+        d = new
     if WALK:
         tl.store(last + n * HV + h, latest)
-    tl.store(d_end + at[None, :], d, live[None, :])
+    tl.store(d_end + at, d, live)
 
 
 @triton.jit
@@ -438,7 +437,7 @@ def precondition_map_kernel(
     """What a segment does to d, as if no clip fired: d at its end where it begins with 0 -> d_end [segments, HV, K],
     and how that depends on where it begins, less the identity -> maps [segments, HV, K, K], and transposed -> maps_T.
     Maps are held transposed, as S is in `delta_inter_fwd_kernel`, in blocks of columns. d_end is left by programs
-    behind all of these: where two have to share a processor, a map's does not meet another."""
+    that start behind all of these: where there are as few as processors, no two of them then share one."""
     NV: tl.constexpr = (K + BV - 1) // BV
     block = tl.program_id(0)
     behind_maps = block - tl.num_programs(0) // (NV + 1) * NV
@@ -449,11 +448,11 @@ def precondition_map_kernel(
     count = tl.cdiv(end - begin, C)
     i = tl.arange(0, BK)
     if behind_maps >= 0:
-        d = tl.zeros([1, BK], tl.float32)
+        d = tl.zeros([BK], tl.float32)
         for m in tl.range(0, count, num_stages=STAGES):
             xx, M, c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
-            _e, d = onward(d, xx, M, c1, c2, behind, kept, eta)
-        tl.store(d_end + (n * HV + h).to(tl.int64) * K + i[None, :], d, (i < K)[None, :])
+            _e, d = onward(d, xx, M, c1, c2, behind, kept, eta, True)
+        tl.store(d_end + (n * HV + h).to(tl.int64) * K + i, d, i < K)
         return
     u = block % NV * BV + tl.arange(0, BV)
     D = tl.where(u[:, None] == i[None, :], 1.0, 0.0)
