@@ -46,7 +46,7 @@ CONFIGS: dict[str, list[Config]] = {
     "precondition_check_kernel": [{"num_warps": 4}],
     "precondition_map_kernel": [
         {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90, "BEFORE": 100},
-        {"BV": 32, "num_warps": 4, "STAGES": 3},
+        {"BV": 32, "num_warps": 4, "STAGES": 3, "SINCE": 80},
         {"BV": 16, "num_warps": 4, "STAGES": 1},
     ],
     "chain_kernel": [
