@@ -148,9 +148,9 @@ def mutate_kernels(name: str | None, folder: Path) -> ModuleType:
 
 # Of the Triton kernels, by file; caught by the definition.
 KERNEL_MUTANTS = {
-    "read with the write key": ("delta", "A = tl.dot(kr, wt,", "A = tl.dot(wn.to(DT), wt,"),
-    "write with the read key": ("delta", "wn = D * (kr32 * nk[:, None])", "wn = kr32 * nk[:, None]"),
-    "steps of keys half normalised": ("delta", "errors = eta * nk * nk *", "errors = eta * nk *"),
+    "read with the write key": ("delta", "A = tl.dot(kr, wt,", "A = tl.dot(wd, wt,"),
+    "write with the read key": ("precondition", "        D *= x\n", "        D = x\n"),
+    "steps of keys as they are stored": ("precondition", "x *= per_token(rk,", "x *= 1.0  # (rk,"),
     "inverse of the wrong half": ("shared", "tl.dot(tl.dot(second, B", "tl.dot(tl.dot(first, B"),
     "residual on the undecayed state": ("delta", "fk *= upto", "fk *= 1.0"),
     "state undecayed": ("delta", " S *= kept[:, None]", " S *= 1.0"),
@@ -184,9 +184,10 @@ KERNEL_MUTANTS = {
         "c2 *= G * tl.exp(per_token(forget, first, end, h, HV, C))",
     ),
     "aware feedback without the inner beta": ("precondition", "c2 = b * b", "c2 = b"),
-    "no box": ("precondition", ".to(tl.int32), 0) > 0", ".to(tl.int32), 0) >= 0"),
+    "no box": ("precondition", "if free == 0:\n            tl.atomic", "if False:\n            tl.atomic"),
     "no upper bound": ("precondition", " & (high <= d_max)", ""),
-    "bound without lambda": ("precondition", "low = tl.minimum(d, kept * d)", "low = d"),
+    "bound without lambda": ("precondition", "low = tl.minimum(d, kept * d) +", "low = d +"),
+    "quick bound without lambda": ("precondition", "low = tl.minimum(d, kept * d) -", "low = d -"),
     "walk without the box": ("precondition", "clip(raw_t, d_min, d_max), new)", "raw_t, new)"),
     "walk from a chunk later": (
         "precondition",
@@ -238,7 +239,7 @@ KERNEL_MUTANTS = {
     "gradient without the feedback's x": ("precondition", "dc2 = -ps * total(D, s, 1)", "dc2 = 0.0 * ps"),
     "gradient of lambda, not of its logarithm": (
         "precondition",
-        "total(U, D, 1) * tl.exp(per_token(forget, first, end, h, HV, C))",
+        "total(U, D, 1) * tl.exp(f)",
         "total(U, D, 1)",
     ),
 }

@@ -21,11 +21,11 @@ PROGRAMS = 128
 """Sequences are split until a pass over chunks has so many: about the processors of a GPU."""
 CROWD = 2
 """Programs of a pass of d that a processor takes side by side."""
-SEGMENT = 16
+SEGMENT = 12
 """Tokens for each channel of a key or value that a segment has at least, by sequences' mean length: in bf16, a tenth of
 what is kept is then of segments."""
-SEGMENTS = 4
-"""Segments that a sequence is cut into at least: fewer would save less than their maps cost."""
+SEGMENTS = 3
+"""Segments that a sequence is cut into at least: of two, each would have half of what there is to do, twice."""
 _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
 """Kernels whose programs have a block of columns each."""
 
@@ -102,16 +102,28 @@ class Call:
         return cu, torch.stack([torch.where(index < ends[-1], n, -1), inside], 1).contiguous(), starts
 
     @cached_property
-    def SPLIT(self) -> int:
+    def split(self) -> int:
         """Segments, worked on side by side, that each sequence is cut into where there are few of these and heads."""
-        split, chunks = 1, self.chunk_count // self.N
+        rows, programs = self.N * self.HV, self.crowd * PROGRAMS
         least = -(-SEGMENT * max(self.k.shape[3], self.V) // self.C)
-        while 2 * split * self.N * self.HV <= self.crowd * PROGRAMS and chunks >= 2 * split * least:
-            split *= 2
+        most = min(programs // rows, self.chunk_count // self.N // least)
+
+        def time(split: int) -> float:
+            """Of a first pass, which leaves out last segments and has maps of those between, and a second."""
+            first, second = rows * (2 * split - 3), rows * split
+            if self.crowd == 1 and second < PROGRAMS:  # of so few, each is cut in two (launch.py)
+                second *= 2
+            return (-(-first // programs) + -(-second // programs)) / split
+
         # For d, whose passes may have twice as many programs: maps cost what all sequences and heads do together, and
         # save what one of them waits for.
-        few = SEGMENTS * self.N * self.HV <= PROGRAMS
-        return split if few and split >= SEGMENTS else 1
+        few = SEGMENTS * rows <= PROGRAMS
+        return min(range(SEGMENTS, most + 1), key=time, default=1) if few else 1
+
+    def maps(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What segments between a sequence's first and last do to its state."""
+        K = self.k.shape[3]
+        return self.new(self.N * (self.split - 2), self.HV, K, K, dtype=dtype)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.k.device)
@@ -123,7 +135,7 @@ class Call:
         return self.new(self.N, self.HV, *shape, dtype=dtype)
 
     def segments(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.new(self.N * self.SPLIT, self.HV, *shape, dtype=dtype)
+        return self.new(self.N * self.split, self.HV, *shape, dtype=dtype)
 
     def by_chunk(self, kernel: Any, **arguments: Any) -> None:
         cu, table, _ = self.tables
@@ -131,11 +143,11 @@ class Call:
 
     def by_segment(self, kernel: Any, **arguments: Any) -> None:
         cu, _, first = self.tables
-        programs = self.N * self.HV * (1 if arguments.get("WALK") else self.SPLIT)
+        programs = self.N * self.HV * (1 if arguments.get("WALK") else self.split)
         self._launch(kernel, programs, arguments, cu_seqlens=cu, first_chunk=first)
 
     def chain(self, maps: Tensor, steps: Tensor, x_0: Tensor | None, back: bool) -> Tensor:
-        """x before each segment (behind it, where back, with maps transposed) from what the segments do to it."""
+        """x before each segment (behind it, where back, with maps transposed) from x_0 and what segments do to it."""
         starts = torch.empty_like(steps)
         width = steps.shape[3] if steps.ndim == 4 else 1
         self._launch(
@@ -149,7 +161,7 @@ class Call:
         return {
             "tokens": self.k.shape[1], "H": self.k.shape[2], "HV": self.HV, "K": self.k.shape[3], "V": self.V,
             "BK": self.BK, "C": self.C, "LEVELS": self.C.bit_length() - 1, "PACKED": self.cu_seqlens is not None,
-            "SPLIT": self.SPLIT, "DT": self.DT, "PRECISION": self.PRECISION, "EXACT": self.EXACT,
+            "split": self.split, "DT": self.DT, "PRECISION": self.PRECISION, "EXACT": self.EXACT,
         }  # fmt: skip
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], **tables: Tensor | None) -> None:

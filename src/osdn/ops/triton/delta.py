@@ -3,7 +3,7 @@
     (I + A) U = B,  B = beta (v - k S),  A_tj = beta_t <k_t, w_j> R_tj (j < t),  P_tj = scale <q_t, w_j> R_tj (j <= t)
     O = scale q S + P U,  S <- Gamma S + w^T U
 
-    intra_fwd   w, T = (I + A)^-1 and P of every chunk                                     parallel over chunks
+    intra_fwd   T = (I + A)^-1 and P of every chunk                                        parallel over chunks
     channels    q, k and w with the decays of their channels in them                       parallel over chunks
     inter_fwd   O and S, or for the backward S before each chunk and U                     chunk after chunk
     inter_bwd   dB and dS behind each chunk                                                chunk after chunk, backwards
@@ -17,7 +17,6 @@ Derivations: docs/math.md; what is rounded to bf16: docs/kernels.md.
 import triton
 import triton.language as tl
 
-from osdn.ops.triton.precondition import forgetting, path
 from osdn.ops.triton.shared import (
     below,
     between,
@@ -95,24 +94,29 @@ def norm(x, first, end, h, heads, K: tl.constexpr, C: tl.constexpr, BK: tl.const
 
 
 @triton.jit
-def scalar_decay(g, first, end, h, HV: tl.constexpr, C: tl.constexpr):
-    """The sums of g up to each token, exp of them and of those behind it [C], and exp of that over the chunk."""
-    _, upto, whole = log_sums(g, first, end, h, HV, C)
+def scalar_decay(g):
+    """Of a chunk's g [C], its sums up to each token, exp of them and of those behind it, and exp of the whole sum."""
+    _, upto, whole = log_sums(g)
     return upto, exp(upto), exp(whole - upto), exp(whole)
+
+
+@triton.constexpr_function
+def scales_of(DECAY, PRECONDITIONED):
+    """How many factors of rows a chunk has: of q and k; of w; its own decay."""
+    return 4 if DECAY == 1 else 2 if PRECONDITIONED else 3
 
 
 @triton.jit
 def delta_intra_fwd_kernel(
-    q, k, beta, g, forget, rq, rk, starts, e, tails, w, scales, T, P, cu_seqlens, chunks, scale, eta, d_min, d_max,
-    tokens,
+    q, k, w, beta, g, rq, rk, scales, T, P, cu_seqlens, chunks, scale, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr, FORGET: tl.constexpr,
-    BOX: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    LEVELS: tl.constexpr, DECAY: tl.constexpr, L2NORM: tl.constexpr, PRECONDITIONED: tl.constexpr,
+    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """T and P [chunks, HV, C, C]; w [tokens, HV, K]; rq and rk [tokens, H]. BB channels at a time.
+    """T and P [chunks, HV, C, C]; with L2NORM rq [tokens, H], and rk unless PRECONDITIONED. BB channels at a time.
 
     Unless DECAY = 2, what the passes over chunks multiply rows of q, k and w with, decays to the chunk's start and end
-    among it, and the chunk's own decay -> scales [chunks, HV, 4, C].
+    among it, and the chunk's own decay, as far as not 1 -> scales [chunks, HV, 2 to 4, C].
     """
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
@@ -122,6 +126,10 @@ def delta_intra_fwd_kernel(
         return
     r = tl.arange(0, C)
     t = first + r
+    # What is short is asked for first, to be there when it is used.
+    b = per_token(beta, first, end, h, HV, C)
+    if DECAY == 1:
+        x = per_token(g, first, end, h, HV, C)
     nk = tl.full([C], 1.0, tl.float32)
     nq = nk
     if L2NORM:
@@ -130,60 +138,43 @@ def delta_intra_fwd_kernel(
             nk = per_token(rk, first, end, hk, H, C)
         else:
             nk = norm(k, first, end, hk, H, K, C, BK)
-    tail = 0
-    if PRECONDITIONED:
-        R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
-        R = R.to(DT)
-        errors = eta * nk * nk * per_token(e, first, end, h, HV, C)
-        if BOX:
-            tail = tl.load(tails + c * HV + h)
     A = tl.zeros([C, C], tl.float32)
     PP = tl.zeros([C, C], tl.float32)
     diagonal = tl.zeros([C], tl.float32)
     for block in tl.range(0, BK // BB, disable_licm=True):
         at = block * BB
-        i = at + tl.arange(0, BB)
         kr = rows(k, first, end, hk, H, K, C, BB, at).to(DT)
         if DECAY != 2:  # else it is loaded late, behind a barrier, as registers are few
             qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
-        kr32 = kr.to(tl.float32)
         if PRECONDITIONED:
-            start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-            # Norms as factors of rows, so that normalised keys hold no registers meanwhile.
-            D = path(
-                R, G, k, rk if L2NORM else None, forget, e, errors, start, kr32 * kr32, first, end, h, tail, eta,
-                d_min, d_max, H, HV, K, C, BB, FORGET, DT, PRECISION, at,
-            )  # fmt: skip
-            wn = D * (kr32 * nk[:, None])
-            store_rows(w, wn, first, end, h, HV, K, C, BB, at)
+            wd = rows(w, first, end, h, HV, K, C, BB, at).to(DT)
         else:
-            wn = kr32 * nk[:, None]
+            wd = (kr.to(tl.float32) * nk[:, None]).to(DT)
         if DECAY == 2:
             tl.debug_barrier()
             qr = rows(q, first, end, hk, H, K, C, BB, at).to(DT)
             x = rows(g, first, end, h, HV, K, C, BB, at).to(tl.float32)
-            diagonal += total(qr.to(tl.float32), wn, 1)
-            wd = wn.to(DT)
+            diagonal += total(qr.to(tl.float32), wd.to(tl.float32), 1)
             lowest = first_level(x)
             for level in tl.range(lowest, tl.where(lowest < 0, 0, LEVELS), disable_licm=True):
                 row, col, pairs = factors(x, level, C, EXACT)
                 A, PP = meet(kr, qr, wd, row, col, pairs, A, PP, DT, PRECISION)
         else:
-            wt = tl.trans(wn.to(DT))
+            wt = tl.trans(wd)
             A = tl.dot(kr, wt, A, input_precision=PRECISION)
             PP = tl.dot(qr, wt, PP, input_precision=PRECISION)
     if L2NORM:  # after the loop, so that q and k are loaded once
         tl.store(rq + t * H + hk, nq, t < end)
         if not PRECONDITIONED:
             tl.store(rk + t * H + hk, nk, t < end)
-    A *= (per_token(beta, first, end, h, HV, C) * nk)[:, None]
+    A *= (b * nk)[:, None]
     if DECAY != 2:
         fw = tl.full([C], 1.0, tl.float32) if PRECONDITIONED else nk
-        at_scales = scales + (c * HV + h) * 4 * C + r
+        at_scales = scales + (c * HV + h) * scales_of(DECAY, PRECONDITIONED) * C + r
         fq = scale * nq
         fk = nk
         if DECAY == 1:
-            sums, upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
+            sums, upto, behind, kept = scalar_decay(x)
             decays = between(sums, sums, C)
             A *= decays
             PP *= decays
@@ -193,7 +184,8 @@ def delta_intra_fwd_kernel(
             tl.store(at_scales + 3 * C, tl.zeros([C], tl.float32) + kept)
         tl.store(at_scales, fq)
         tl.store(at_scales + C, fk)
-        tl.store(at_scales + 2 * C, fw)
+        if DECAY == 1 or not PRECONDITIONED:
+            tl.store(at_scales + 2 * C, fw)
     else:
         PP += tl.where(r[:, None] == r[None, :], diagonal[:, None], 0.0)
     PP *= (scale * nq)[:, None]
@@ -250,36 +242,40 @@ def at_hand(
         i = tl.arange(0, BK)
         kept = tl.load(decay + cell * K + i, i < K, 0.0)
     else:
-        at = scales + cell * 4 * C
+        at = scales + cell * scales_of(DECAY, PRECONDITIONED) * C
         fq = tl.load(at + tl.arange(0, C))
         fk = tl.load(at + C + tl.arange(0, C))
         if DECAY == 1 or not PRECONDITIONED:
             fw = tl.load(at + 2 * C + tl.arange(0, C))
-        # As a number it would be waited for in each chunk: only loads of tensors are issued ahead.
-        kept = tl.load(at + 3 * C + tl.arange(0, N) % C)
+        kept = tl.full([N], 1.0, tl.float32)
+        if DECAY == 1:  # as a number it would be waited for in each chunk: only loads of tensors are issued ahead
+            kept = tl.load(at + 3 * C + tl.arange(0, N) % C)
     return fq, fk, fw, kept
 
 
 @triton.jit
 def delta_inter_fwd_kernel(
     q, k, w, v, beta, decay, scales, T, P, S_0, o, S_end, S_map, S_map_T, states, U, cu_seqlens, first_chunk,
-    tokens,
+    tokens, split,
     HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr,
-    SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What is not None of: o and U [tokens, HV, V], S_end [N, HV, K, V], S before each chunk -> states.
 
-    With S_map, of segments that begin with 0: S_end [segments, HV, K, V], and what the pass adds to S but for what v
-    adds, a map less the identity -> S_map [segments, HV, K, K], and transposed -> S_map_T, computed in columns behind
-    those of S, which begin as the identity. S is held transposed: so what products take from it, and from each other,
-    stays in registers.
+    With S_map, what `chain_kernel` reads: S behind each segment -> S_end [segments, HV, K, V], where a sequence's first
+    begins with S_0 and others with 0, and what the pass adds to S but for what v adds, a map less the identity -> S_map
+    [N (split - 2), HV, K, K], and transposed -> S_map_T, computed in columns behind those of S, which begin as the
+    identity; a first segment has no map, and the last is left out. S is held transposed: so what products take from it,
+    and from each other, stays in registers.
     """
     NV: tl.constexpr = (V + (0 if S_map is None else K) + BV - 1) // BV
     bv = tl.program_id(0) % NV
     h = (tl.program_id(0) // NV) % HV
     n = tl.program_id(0) // (NV * HV)
-    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    if S_map is not None and (n % split == split - 1) | ((n % split == 0) & (bv * BV >= V)):
+        return
+    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, split, C, PACKED)
     i = tl.arange(0, BK)
     r = tl.arange(0, C)
     u = bv * BV + tl.arange(0, BV)
@@ -289,7 +285,9 @@ def delta_inter_fwd_kernel(
     S = tl.zeros([BV, BK], tl.float32)
     if S_map is not None:
         S = tl.where(u[:, None] - V == i[None, :], 1.0, 0.0)
-    if S_0 is not None:
+        if S_0 is not None and n % split == 0:
+            S = tl.load(S_0 + (n // split * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
+    elif S_0 is not None:
         S = tl.load(S_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
     for m in tl.range(0, tl.cdiv(end - begin, C), num_stages=STAGES):
         first = begin + m * C
@@ -321,13 +319,13 @@ def delta_inter_fwd_kernel(
         S += tl.dot((Uc * fw[None, :]).to(DT), wr, input_precision=PRECISION)
     if S_end is not None:
         if S_map is None:
-            inside = (u < tl.where(n % SPLIT == SPLIT - 1, V, 0))[:, None] & (i < K)[None, :]
-            n //= SPLIT
+            inside = (u < tl.where(n % split == split - 1, V, 0))[:, None] & (i < K)[None, :]
+            n //= split
         tl.store(S_end + (n * HV + h).to(tl.int64) * K * V + entries, S, inside)
     if S_map is not None:
-        at = (n * HV + h).to(tl.int64) * K * K
+        at = ((n // split * (split - 2) + n % split - 1) * HV + h).to(tl.int64) * K * K
         S -= tl.where(u[:, None] - V == i[None, :], 1.0, 0.0)
-        inside = ((u >= V) & (u < V + K))[:, None] & (i < K)[None, :]
+        inside = ((u >= V) & (u < tl.where(n % split > 0, V + K, 0)))[:, None] & (i < K)[None, :]
         tl.store(S_map + at + i[None, :] * K + u[:, None] - V, S, inside)
         tl.store(S_map_T + at + i[None, :] + (u[:, None] - V) * K, S, inside)
 
@@ -349,13 +347,14 @@ def times(a, b, TURNED: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def delta_inter_bwd_kernel(
-    q, k, w, beta, decay, scales, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, tokens,
+    q, k, w, beta, decay, scales, T, P, do, dS_end, dB, dstates, dS_0, cu_seqlens, first_chunk, tokens, split,
     HV: tl.constexpr, HQ: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, PRECONDITIONED: tl.constexpr, PACKED: tl.constexpr,
-    SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TURNED: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """What is not None of: dS behind each chunk -> dstates [chunks, HV, K, V], dB [tokens, HV, V], dS_0
-    [segments, HV, K, V].
+    """dS before each segment -> dS_0 [segments, HV, K, V] and dS behind each chunk -> dstates [chunks, HV, K, V], dB
+    [tokens, HV, V], from dS_end [segments, HV, K, V], None for 0. With dB None dS_0 alone, where a sequence's last
+    segment begins with dS_end [N, HV, K, V], others with 0, and the first is left out.
 
     dU = P^T dO + w dS, dB = T^T dU, dS <- Gamma dS + scale q^T dO - k^T (beta dB). TURNED: all of these are held
     transposed, as S is in `delta_inter_fwd_kernel`.
@@ -365,7 +364,9 @@ def delta_inter_bwd_kernel(
     bv = tl.program_id(0) % NV
     h = (tl.program_id(0) // NV) % HV
     n = tl.program_id(0) // (NV * HV)
-    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    if dB is None and n % split == 0:
+        return
+    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, split, C, PACKED)
     i = tl.expand_dims(tl.arange(0, BK), ROW)
     u = tl.expand_dims(bv * BV + tl.arange(0, BV), 1 - ROW)
     r = tl.arange(0, C)
@@ -373,7 +374,9 @@ def delta_inter_bwd_kernel(
     inside = (i < K) & (u < V)
     dS = turned(tl.zeros([BK, BV], tl.float32), TURNED)
     if dS_end is not None:
-        dS = tl.load(dS_end + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
+        known = n if dB is not None else n // split
+        ended = (i < K) & (u < (V if dB is not None else tl.where(n % split == split - 1, V, 0)))
+        dS = tl.load(dS_end + (known * HV + h).to(tl.int64) * K * V + entries, ended, 0.0)
     count = tl.cdiv(end - begin, C)
     dor = rows(do, begin + tl.maximum(count - 1, 0) * C, end, h, HV, V, C, BV, bv * BV)
     for back in tl.range(0, count, num_stages=STAGES):
@@ -401,8 +404,7 @@ def delta_inter_bwd_kernel(
             dS *= tl.expand_dims(kept, ROW)
         dS += times(tl.trans(qr), scaled, TURNED, PRECISION)
         dS -= times(tl.trans(kr), (dBc * tl.expand_dims(b * fk, ROW)).to(DT), TURNED, PRECISION)
-    if dS_0 is not None:
-        tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
+    tl.store(dS_0 + (n * HV + h).to(tl.int64) * K * V + entries, dS, inside)
 
 
 @triton.jit
@@ -506,7 +508,7 @@ def delta_intra_bwd_kernel(
     behind = upto
     kept = 1.0
     if DECAY == 1:
-        sums, upto, behind, kept = scalar_decay(g, first, end, h, HV, C)
+        sums, upto, behind, kept = scalar_decay(per_token(g, first, end, h, HV, C))
         decays = between(sums, sums, C)
         dP *= decays
         dA *= decays

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from osdn.ops.options import Preconditioner
@@ -59,7 +60,7 @@ class _Rule:
     def factors(self, rk: Tensor | None, path: _Path, solve: bool) -> Tensor:
         """What the passes over chunks read beside k and M, which is computed too where it is not known yet."""
         call = self.call
-        factors = call.new(call.chunk_count, call.HV, 5, call.C)
+        factors = call.new(call.chunk_count, call.HV, 6, call.C)
         call.by_chunk(
             kernels.precondition_solve_kernel, rk=rk, L2NORM=self.l2norm, solve=path.solve, factors=factors,
             SOLVE=solve, **self.arguments,
@@ -75,27 +76,29 @@ class _Rule:
             e=call.tokens(HV),
             tails=call.new(n, HV, dtype=torch.int32),
             last=call.sequences(dtype=torch.int32),
-            maps=call.segments(K, K, dtype=call.stored) if call.SPLIT > 1 else None,
+            maps=call.maps(call.stored) if call.split > 1 else None,
             solve=call.new(n, HV, call.C, call.C, dtype=torch.float16 if small else torch.float32),
         )
 
-    def forward(self, d: Tensor, rk: Tensor | None) -> tuple[_Path, Tensor]:
-        """Where d goes, and d at the end; rk is filled in where keys are to be normalised."""
-        call, path = self.call, self.empty_path()
+    def forward(self, d: Tensor, rk: Tensor | None, into: Tensor, **expanded: Any) -> tuple[_Path, Tensor]:
+        """Where d goes, and d at the end; rk is filled in where keys are to be normalised, and d_t of each token, or
+        what it makes of the key, put into a tensor."""
+        call, path, box = self.call, self.empty_path(), self.arguments["BOX"]
         arguments = {"factors": self.factors(rk, path, True), **vars(path), **self.arguments, "rk": rk, "d_0": d}
         if path.maps is not None:
-            steps, maps = call.segments(d.shape[2]), call.segments(*path.maps.shape[2:])
+            steps, maps = call.segments(d.shape[2]), call.maps()
             call.by_segment(
                 kernels.precondition_map_kernel, **arguments | {"d_end": steps, "maps": maps, "maps_T": path.maps}
             )
             arguments["d_0"] = call.chain(maps, steps, d, back=False)
             del steps, maps
         arguments["d_end"] = torch.empty_like(d)
-        arguments["stops"] = call.sequences(dtype=torch.int32) if self.arguments["BOX"] else None
-        call.by_segment(kernels.precondition_fwd_kernel, WALK=False, **arguments)
-        if self.arguments["BOX"]:
-            call.by_chunk(kernels.precondition_check_kernel, **arguments)
-            call.by_segment(kernels.precondition_fwd_kernel, WALK=True, **arguments)
+        arguments["stops"] = call.sequences(dtype=torch.int32) if box else None
+        for walk in (False, True) if box else (False,):
+            call.by_segment(kernels.precondition_fwd_kernel, WALK=walk, **arguments)
+            call.by_chunk(kernels.precondition_expand_kernel, WALK=walk, d=into, **arguments | expanded)
+            if box and not walk:
+                call.by_chunk(kernels.precondition_check_kernel, **arguments)
         return path, arguments["d_end"]
 
     def backward(
@@ -114,7 +117,7 @@ class _Rule:
         passed = {**common, **local, "factors": self.factors(rk, path, False)}
         if path.maps is not None:
             first = call.segments(K)
-            alone = {"d_adj_end": None, "d_adj_0": first, "p": None, "BOX": False}
+            alone = {"d_adj_end": d_adj_end, "d_adj_0": first, "p": None, "BOX": False}
             passes(WALK=False, **passed | alone)
             d_adj_end = call.chain(path.maps, first, d_adj_end, back=True)
         passed |= {"d_adj_end": d_adj_end, "d_adj_0": call.sequences(K)}
@@ -157,20 +160,12 @@ class _Delta:
         }  # fmt: skip
 
     def empty_intra(self) -> dict[str, Tensor | None]:
-        """Of each chunk alone: T, P, w, and scales of rows."""
+        """Of each chunk alone: T, P, w, and scales of rows; all but w left by `delta_intra_fwd_kernel`."""
         call, n, HV, C = self.call, self.call.chunk_count, self.call.HV, self.call.C
         T, P = (call.new(n, HV, C, C, dtype=call.stored) for _ in range(2))
         w = None if self.rule is None else call.tokens(HV, self.k.shape[3], dtype=call.stored)
-        return {"T": T, "P": P, "w": w, "scales": None if self.DECAY == 2 else call.new(n, HV, 4, C)}
-
-    def intra(self, rq: Tensor | None, rk: Tensor | None, path: _Path | None) -> dict[str, Tensor | None]:
-        """As above; rq and rk are filled in."""
-        none = {"k": self.k, "forget": None, "eta": 0.0, "d_min": 0.0, "d_max": 0.0, "FORGET": False, "BOX": False}
-        rule = none if self.rule is None else self.rule.arguments
-        found = self.empty_intra()
-        arguments = rule | self.common | vars(path or _Path()) | found
-        self.call.by_chunk(delta.delta_intra_fwd_kernel, q=self.q, rq=rq, rk=rk, **arguments)
-        return found
+        rows = delta.scales_of(self.DECAY, self.rule is not None)
+        return {"T": T, "P": P, "w": w, "scales": None if self.DECAY == 2 else call.new(n, HV, rows, C)}
 
     def read(self, rq: Tensor | None, rk: Tensor | None, intra: dict[str, Any]) -> dict[str, Any]:
         """What the passes over chunks read."""
@@ -191,17 +186,18 @@ class _Delta:
         self.call.by_segment(delta.delta_inter_fwd_kernel, v=self.v, **read | absent | asked)
 
     def forward(
-        self, rq: Tensor | None, rk: Tensor | None, path: _Path | None, S: Tensor | None
+        self, rq: Tensor | None, rk: Tensor | None, intra: dict[str, Tensor | None], S: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """o, S at the end, and what is kept: S before segments and their maps transposed, T, P, w and scales."""
+        """o, S at the end, and what is kept: S before segments and their maps transposed, T, P, w and scales; of
+        `intra` w is given, and of norms those that a preconditioner has left."""
         call, K, V = self.call, self.k.shape[3], self.call.V
-        intra = self.intra(rq, rk, path)
+        call.by_chunk(delta.delta_intra_fwd_kernel, q=self.q, k=self.k, rq=rq, rk=rk, **self.common, **intra)
         o, S_end = torch.empty_like(self.v), call.sequences(K, V)
         pass_on = partial(self.pass_on, self.read(rq, rk, intra))
         starts = maps_T = None
-        if call.SPLIT > 1:
-            steps, maps, maps_T = call.segments(K, V), call.segments(K, K), call.segments(K, K, dtype=call.stored)
-            pass_on(S_end=steps, S_map=maps, S_map_T=maps_T)
+        if call.split > 1:
+            steps, maps, maps_T = call.segments(K, V), call.maps(), call.maps(call.stored)
+            pass_on(S_0=S, S_end=steps, S_map=maps, S_map_T=maps_T)
             S = starts = call.chain(maps, steps, S, back=False)
             del steps, maps
         pass_on(S_0=S, o=o, S_end=S_end)
@@ -221,7 +217,7 @@ class _Delta:
         back = partial(call.by_segment, delta.delta_inter_bwd_kernel, do=do, **read)
         first = call.segments(K, V)
         if maps_T is not None:
-            back(dS_end=None, dB=None, dstates=None, dS_0=first)
+            back(dS_end=dS_end, dB=None, dstates=None, dS_0=first)
             dS_end = call.chain(maps_T, first, dS_end, back=True)
         back(dS_end=dS_end, dB=dB, dstates=dstates, dS_0=first)
         del read, back  # under a decay per channel, copies of q, k and w
@@ -237,8 +233,8 @@ class _Delta:
             delta.delta_intra_bwd_kernel, q=self.q, k=self.k, w=intra[2], v=self.v, rq=rq, rk=rk, states=states,
             dstates=dstates, U=U, dB=dB, do=do, **found, **self.common,
         )  # fmt: skip
-        if call.SPLIT > 1:  # copied, as a view of a single sequence's would keep those of all segments alive
-            first = first.unflatten(0, (call.N, call.SPLIT))[:, 0].clone()
+        if call.split > 1:  # copied, as a view of a single sequence's would keep those of all segments alive
+            first = first.unflatten(0, (call.N, call.split))[:, 0].clone()
         return found | {"dS": None if S is None else first}
 
 
@@ -283,8 +279,10 @@ def _delta_rule(
     """o, S_end, d_end and what the backward needs: what `_Delta` keeps, norms of q and k, and the path of d."""
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
     rq, rk = (parts.call.tokens(k.shape[2]) if l2norm else None for _ in range(2))
-    path, d_end = (None, None) if parts.rule is None or d is None else parts.rule.forward(d, rk)
-    o, S_end, kept = parts.forward(rq, rk, path, S)
+    intra, path, d_end = parts.empty_intra(), None, None
+    if parts.rule is not None and d is not None and intra["w"] is not None:
+        path, d_end = parts.rule.forward(d, rk, intra["w"], OF_WRITE_KEY=True)
+    o, S_end, kept = parts.forward(rq, rk, intra, S)
     return o, S_end, *_or_empty(k, d_end, *kept, rq, rk, *vars(path or _Path()).values())
 
 
@@ -292,8 +290,8 @@ def _delta_rule_fake(q, k, v, beta, g, forget, S, d, cu_seqlens, rule, l2norm, s
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
     call = parts.call
     K, V = k.shape[3], v.shape[3]
-    starts = call.segments(K, V) if call.SPLIT > 1 else None
-    maps = call.segments(K, K, dtype=call.stored) if call.SPLIT > 1 else None
+    starts = call.segments(K, V) if call.split > 1 else None
+    maps = call.maps(call.stored) if call.split > 1 else None
     norms = [call.tokens(k.shape[2]) if l2norm else None for _ in range(2)]
     path = _Path() if parts.rule is None else parts.rule.empty_path()
     d_end = None if d is None else torch.empty_like(d)
@@ -336,11 +334,8 @@ def _precondition(
 ) -> tuple[Tensor, ...]:
     """d_t, d at the end and what the backward needs: d before each chunk, e, where clips may have fired."""
     own = _alone(k, beta, forget, cu_seqlens, rule)
-    path, d_end = own.forward(d, None)
     used = own.call.tokens(*k.shape[2:])
-    own.call.by_chunk(
-        kernels.precondition_expand_kernel, rk=None, d=used, PRECISION=own.call.EXACT, **own.arguments, **vars(path)
-    )
+    path, d_end = own.forward(d, None, used, DT=tl.float32, PRECISION=own.call.EXACT, OF_WRITE_KEY=False)
     return used, d_end, *_or_empty(k, *vars(path).values())
 
 

@@ -43,7 +43,7 @@ CONFIGS: dict[str, list[Config]] = {
         {"num_warps": 4, "STAGES": 3, "SINCE": 100},
         {"num_warps": 4, "STAGES": 1},
     ],
-    "precondition_check_kernel": [{"num_warps": 4}],
+    "precondition_check_kernel": [{"BB": 32, "num_warps": 2}],
     "precondition_map_kernel": [
         {"BV": 64, "num_warps": 4, "STAGES": 3, "SINCE": 90, "BEFORE": 100},
         {"BV": 32, "num_warps": 4, "STAGES": 3, "SINCE": 80},
@@ -58,7 +58,10 @@ CONFIGS: dict[str, list[Config]] = {
         {"BV": 1, "num_warps": 8, "STAGES": 3},
         {"BV": 1, "num_warps": 8, "STAGES": 1},
     ],
-    "precondition_expand_kernel": [{"num_warps": 4}],
+    "precondition_expand_kernel": [
+        {"num_warps": 4, "maxnreg": 168, "SINCE": 90, "BEFORE": 100, "FULL": 1},
+        {"num_warps": 4},
+    ],
     "precondition_local_kernel": [
         {"BB": 64, "num_warps": 4, "maxnreg": 128, "SINCE": 90, "FULL": 1},
         {"BB": 64, "num_warps": 4},
@@ -66,7 +69,7 @@ CONFIGS: dict[str, list[Config]] = {
     "precondition_bwd_kernel": [{"num_warps": 2, "STAGES": 3}, {"num_warps": 4, "STAGES": 1}],
     "precondition_grads_kernel": [{"num_warps": 8, "SINCE": 80}, {"num_warps": 4, "BEFORE": 80}],
     "delta_intra_fwd_kernel": [
-        {"BB": 128, "num_warps": 4, "maxnreg": 240, "SINCE": 90, "BEFORE": 100, "FULL": 1},
+        {"BB": 128, "num_warps": 4, "maxnreg": 168, "SINCE": 90, "BEFORE": 100, "FULL": 1},
         {"BB": 128, "num_warps": 4, "FULL": 1},
         {"BB": 32, "num_warps": 4, "BEFORE": 100},
         {"BB": 32, "num_warps": 4, "num_stages": 1, "SINCE": 100},  # Triton 3.6 cannot pipeline it there

@@ -5,7 +5,7 @@
     fwd         d before each chunk: d <- G_C d + eta sum_t (prod_{i > t} lambda_i) e_t s_t, chunk after chunk
                 and e_t = sum_j M_tj (c1_j - c2_j G_j <s_j, d>)
     check       in which chunk of a sequence a clip might fire first                        parallel
-    expand      d_t of every token, where it is asked for                                   parallel
+    expand      d_t of every token, or the write keys d_t k_t                               parallel
     local       what the adjoint of a chunk needs that does not depend on later chunks      parallel
     bwd         u, the adjoint of d, before each chunk, and p_t = <u_t, s_t>                chunk after chunk, backwards
     grads       gradients of k, beta, forget from p, e and the adjoints                     parallel
@@ -70,9 +70,9 @@ def keys(
 
 
 @triton.jit
-def entries(x, t, end, h, heads, K: tl.constexpr, BK: tl.constexpr, start=0):
+def entries(x, t, end, h, heads, K: tl.constexpr, BK: tl.constexpr):
     """[BK] of one token and head."""
-    i = start + tl.arange(0, BK)
+    i = tl.arange(0, BK)
     return tl.load(x + (t * heads + h) * K + i, i < tl.where(t < end, K, 0), 0.0)
 
 
@@ -84,7 +84,7 @@ def one(x, t, end, h, heads):
 @triton.jit
 def token(
     k, rk, x, forget, a, t, end, h, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    FORGET: tl.constexpr, start,
+    FORGET: tl.constexpr,
 ):  # fmt: skip
     """As stored, of token t: key, what normalises it, entries of x and forget, row of a; 1 for what is absent."""
     norm = tl.full([], 1.0, tl.float32)
@@ -96,8 +96,8 @@ def token(
     if FORGET:
         kept = one(forget, t, end, h, HV)
     if a is not None:
-        row = entries(a, t, end, h, HV, K, BK, start)
-    return entries(k, t, end, h // (HV // H), H, K, BK, start), norm, entry, kept, row
+        row = entries(a, t, end, h, HV, K, BK)
+    return entries(k, t, end, h // (HV // H), H, K, BK), norm, entry, kept, row
 
 
 @triton.jit
@@ -107,10 +107,10 @@ def four(
 ):  # fmt: skip
     """Tokens from t on, asked for while the four before are worked out: a load takes longer than a token."""
     return (
-        token(k, rk, x, forget, a, t, end, h, H, HV, K, BK, FORGET, 0),
-        token(k, rk, x, forget, a, t + 1, end, h, H, HV, K, BK, FORGET, 0),
-        token(k, rk, x, forget, a, t + 2, end, h, H, HV, K, BK, FORGET, 0),
-        token(k, rk, x, forget, a, t + 3, end, h, H, HV, K, BK, FORGET, 0),
+        token(k, rk, x, forget, a, t, end, h, H, HV, K, BK, FORGET),
+        token(k, rk, x, forget, a, t + 1, end, h, H, HV, K, BK, FORGET),
+        token(k, rk, x, forget, a, t + 2, end, h, H, HV, K, BK, FORGET),
+        token(k, rk, x, forget, a, t + 3, end, h, H, HV, K, BK, FORGET),
     )
 
 
@@ -164,7 +164,6 @@ def until_clip(
 def walk(
     D, tail, k, rk, forget, e, first, end, h, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FORGET: tl.constexpr,
-    start=0,
 ):  # fmt: skip
     """D [C, BK], d_t of the chunk's tokens, with the last `tail` rows anew, token by token from the first of them on.
 
@@ -172,14 +171,14 @@ def walk(
     `four`, for which `delta_intra_fwd` has no registers.
     """
     r = tl.arange(0, C)
-    i = start + tl.arange(0, BK)
+    i = tl.arange(0, BK)
     t = first + C - tail
     d = tl.sum(tl.where(r[:, None] == C - tail, D, 0.0), 0)
-    now = token(k, rk, e, forget, None, t, end, h, H, HV, K, BK, FORGET, start)
-    after = token(k, rk, e, forget, None, t + 1, end, h, H, HV, K, BK, FORGET, start)
+    now = token(k, rk, e, forget, None, t, end, h, H, HV, K, BK, FORGET)
+    after = token(k, rk, e, forget, None, t + 1, end, h, H, HV, K, BK, FORGET)
     for j in range(C - tail, C):
         t = first + j
-        later = token(k, rk, e, forget, None, t + 2, end, h, H, HV, K, BK, FORGET, start)
+        later = token(k, rk, e, forget, None, t + 2, end, h, H, HV, K, BK, FORGET)
         D = tl.where(r[:, None] == j, d[None, :], D)
         x, e_t, log_kept, _a = read(now)
         raw = moved(d, eta * e_t, x * x, log_kept, FORGET)
@@ -189,14 +188,24 @@ def walk(
 
 
 @triton.jit
-def forgetting(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
-    """R_{t-1,j} [C, C] below the diagonal, G_t and prod_{i > t} lambda_i [C]; G_C."""
+def logs(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET: tl.constexpr):
+    """[C] log lambda as `forgetting` takes it, to be asked for before what takes longer."""
+    if FORGET:
+        f = per_token(forget, first, end, h, HV, C)
+    else:
+        f = tl.zeros([C], tl.float32)
+    return f
+
+
+@triton.jit
+def forgetting(f, C: tl.constexpr, FORGET: tl.constexpr):
+    """Of log lambda f [C], R_{t-1,j} [C, C] below the diagonal, G_t and prod_{i > t} lambda_i [C]; G_C."""
     R = tl.full([C, C], 1.0, tl.float32)
     G = tl.full([C], 1.0, tl.float32)
     behind = G
     kept = 1.0
     if FORGET:
-        before, upto, whole = log_sums(forget, first, end, h, HV, C)
+        before, upto, whole = log_sums(f)
         R = between(before, upto, C)
         G = exp(before)
         behind = exp(whole - upto)
@@ -208,14 +217,14 @@ def forgetting(forget, first, end, h, HV: tl.constexpr, C: tl.constexpr, FORGET:
 def path(
     R, G, k, rk, forget, e, errors, d, s, first, end, h, tail, eta, d_min, d_max,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, start=0,
+    FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`;
-    the last `tail` tokens, which may be infinite, are walked through."""
+    WALK, the last `tail` tokens, which may be infinite, are walked through."""
     steps = tl.where((tl.arange(0, C) + tail < C)[:, None], s * errors[:, None], 0.0)
     D = G[:, None] * d[None, :] + tl.dot(R.to(DT), steps.to(DT), input_precision=PRECISION)
-    if tail > 0:
-        D = walk(D, tail, k, rk, forget, e, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET, start)
+    if WALK and tail > 0:
+        D = walk(D, tail, k, rk, forget, e, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET)
     return D
 
 
@@ -228,7 +237,8 @@ def precondition_solve_kernel(
 ):  # fmt: skip
     """What the passes over chunks read beside k: with SOLVE, M = (I + L)^-1 -> solve [chunks, HV, C, C].
 
-    factors [chunks, HV, 5, C]: c1; c2 G_t, 1 and prod_{i > t} lambda_i, each times r^2, with s = r^2 k^2; G_C. With
+    factors [chunks, HV, 6, C]: c1; c2 G_t, 1 and prod_{i > t} lambda_i, each times r^2, with s = r^2 k^2; G_C; with
+    SOLVE the largest s of each token. With
     L2NORM r = rsqrt(sum k^2 + 1e-6) is in rk [tokens, H], where SOLVE stores it.
     """
     c = (tl.program_id(0) // HV).to(tl.int64)
@@ -239,11 +249,13 @@ def precondition_solve_kernel(
         return
     i = tl.arange(0, C)
     n = tl.zeros([C], tl.float32)
+    top = n
     L = tl.zeros([C, C], tl.float32)
     for block in range(0, BK // BB):
         y = rows(k, first, end, hk, H, K, C, BB, block * BB).to(tl.float32)
         n += total(y, y, 1)
         y *= y
+        top = tl.maximum(top, tl.max(y, 1))
         L = tl.dot(y, tl.trans(y), L, input_precision=PRECISION)
     r2 = tl.full([C], 1.0, tl.float32)
     if L2NORM:
@@ -255,17 +267,18 @@ def precondition_solve_kernel(
         r2 = r * r
     c1, c2 = feedback(strengths(beta, first, end, h, HV, C, AWARE), n * r2, NORMALIZE)
     weights = (eta * c2 * r2)[:, None] * r2[None, :]
-    at = factors + (c * HV + h) * 5 * C + i
+    at = factors + (c * HV + h) * 6 * C + i
     tl.store(at, c1)
     tl.store(at + 2 * C, r2)
     if FORGET:
-        R, G, behind, kept = forgetting(forget, first, end, h, HV, C, FORGET)
+        R, G, behind, kept = forgetting(per_token(forget, first, end, h, HV, C), C, FORGET)
         weights *= R
         c2 *= G
         tl.store(at + 3 * C, r2 * behind)
         tl.store(at + 4 * C, tl.zeros([C], tl.float32) + kept)
     tl.store(at + C, r2 * c2)
     if SOLVE:
+        tl.store(at + 5 * C, r2 * top)
         M = invert(below(L * weights, C, False), C, LEVELS, PRECISION, JOIN=True)
         tl.store(solve + (c * HV + h) * C * C + i[:, None] * C + i[None, :], M.to(solve.dtype.element_ty))
 
@@ -281,7 +294,7 @@ def fetch(
     cell = (c + m) * HV + h
     x = rows(k, begin + m * C, end, h // (HV // H), H, K, C, BK).to(tl.float32)
     M = tl.load(solve + cell * C * C + j[:, None] * C + j[None, :]).to(tl.float32)
-    at = factors + cell * 5 * C
+    at = factors + cell * 6 * C
     r2 = tl.load(at + 2 * C + j)
     behind = r2
     kept = tl.full([BK], 1.0, tl.float32)
@@ -315,21 +328,38 @@ def clips(solve, cell, C: tl.constexpr):
 
 
 @triton.jit
-def stays(d, kept, step, s, d_min, d_max, K: tl.constexpr, BK: tl.constexpr):
+def stays(d, kept, step, s, d_min, d_max, live):
     """Whether no update of a chunk by step [C], s [C, BK] can take d out of the box: none can pass these sums."""
     up = tl.maximum(step, 0.0)
     low = tl.minimum(d, kept * d) + total(s, (step - up)[:, None])
     high = tl.maximum(d, kept * d) + total(s, up[:, None])
-    return tl.min(((tl.arange(0, BK) >= K) | ((low >= d_min) & (high <= d_max))).to(tl.int32), 0) > 0
+    return tl.min(tl.where(live, ((low >= d_min) & (high <= d_max)).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def roomy(d, new, kept, step, top, d_min, d_max, live):
+    """What `stays` says or False, without the keys: from d behind the chunk, `new`, and each token's largest s, `top`.
+
+    With u = sum max(step, 0) s and v = sum max(-step, 0) s, d behind the chunk is kept d + sum behind step s with
+    `behind` from kept to 1: so kept u <= new - kept d + v, and kept v <= u - (new - kept d). What rounding may add is
+    allowed for.
+    """
+    u = tl.sum(tl.maximum(step, 0.0) * top, 0) * 1.001
+    v = tl.sum(tl.maximum(-step, 0.0) * top, 0) * 1.001
+    change = new - kept * d
+    slack = 1e-5 * (tl.abs(new) + tl.abs(d))
+    high = tl.maximum(d, kept * d) + tl.minimum(u, (change + v + slack) / kept)
+    low = tl.minimum(d, kept * d) - tl.minimum(v, (u - change + slack) / kept)
+    return tl.min(tl.where(live, ((low - slack >= d_min) & (high + slack <= d_max)).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
 def precondition_fwd_kernel(
     k, rk, beta, forget, solve, factors, d_0, starts, e, tails, last, d_end, stops, cu_seqlens, first_chunk, eta,
-    d_min, d_max, tokens,
+    d_min, d_max, tokens, split,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, PACKED: tl.constexpr,
-    WALK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    WALK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """d before each chunk -> starts [chunks, HV, K], e [tokens, HV], d_end [N, HV, K].
 
@@ -339,7 +369,7 @@ def precondition_fwd_kernel(
     """
     n = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
-    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
+    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, 1 if WALK else split, C, PACKED)
     i = tl.arange(0, BK)
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
@@ -355,8 +385,8 @@ def precondition_fwd_kernel(
         d = tl.load(starts + ((c + begun) * HV + h) * K + i, i < K, 0.0)
     else:
         d = tl.load(d_0 + at, i < K, 0.0)
-        live = i < tl.where(n % SPLIT == SPLIT - 1, K, 0)
-        n //= SPLIT
+        live = i < tl.where(n % split == split - 1, K, 0)
+        n //= split
         at = (n * HV + h).to(tl.int64) * K + i
         if stops is not None:
             tl.store(stops + n * HV + h, 2**31 - 1)
@@ -368,7 +398,7 @@ def precondition_fwd_kernel(
         before = C
         if WALK:
             steps = eta * solved * r2
-            if not stays(d, kept, steps, xx, d_min, d_max, K, BK):
+            if not stays(d, kept, steps, xx, d_min, d_max, i < K):
                 before, d = until_clip(forget, steps, xx, d, first, end, h, d_min, d_max, HV, K, C, BK, FORGET)
                 new = clip(new, d_min, d_max)  # where none fires, it may still be out by a rounding
             tl.store(tails + (c + m) * HV + h, C - before)
@@ -406,49 +436,30 @@ def precondition_fwd_kernel(
 
 
 @triton.jit
-def precondition_check_kernel(
-    k, rk, forget, starts, e, tails, stops, cu_seqlens, chunks, eta, d_min, d_max, tokens,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    FORGET: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """The least chunk of a sequence in which a clip might fire, if any -> stops [N, HV]; 0 -> tails [chunks, HV]."""
-    c = (tl.program_id(0) // HV).to(tl.int64)
-    h = tl.program_id(0) % HV
-    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
-    if first >= end:
-        return
-    n, m = place(c, tokens, chunks, C, PACKED)
-    i = tl.arange(0, BK)
-    d = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
-    _R, _G, _behind, kept = forgetting(forget, first, end, h, HV, C, FORGET)
-    tl.store(tails + c * HV + h, 0)
-    if not stays(d, kept, eta * per_token(e, first, end, h, HV, C), x * x, d_min, d_max, K, BK):
-        tl.atomic_min(stops + n * HV + h, m.to(tl.int32))
-
-
-@triton.jit
 def precondition_map_kernel(
-    k, solve, factors, maps, maps_T, d_end, cu_seqlens, first_chunk, eta, tokens,
+    k, solve, factors, d_0, maps, maps_T, d_end, cu_seqlens, first_chunk, eta, tokens, split,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    FORGET: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What a segment does to d, as if no clip fired: d at its end where it begins with 0 -> d_end [segments, HV, K],
-    and how that depends on where it begins, less the identity -> maps [segments, HV, K, K], and transposed -> maps_T.
-    Maps are held transposed, as S is in `delta_inter_fwd_kernel`, in blocks of columns. d_end is left by programs
-    that start behind all of these: where there are as few as processors, no two of them then share one."""
+    """What `chain_kernel` reads, as if no clip fired: d behind each segment, where a sequence's first begins with d_0
+    and others with 0 -> d_end [segments, HV, K], and how that depends on where it begins, less the identity -> maps
+    [N (split - 2), HV, K, K], and transposed -> maps_T; a first segment has no map, and the last is left out. Maps are
+    held transposed, as S is in `delta_inter_fwd_kernel`, in blocks of columns. d_end is left by programs that start
+    behind all of these: where there are as few as processors, no two of them then share one."""
     NV: tl.constexpr = (K + BV - 1) // BV
     block = tl.program_id(0)
     behind_maps = block - tl.num_programs(0) // (NV + 1) * NV
     n = tl.where(behind_maps < 0, block // NV, behind_maps)
     h = n % HV
     n = n // HV
-    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, SPLIT)
+    g = n % split
+    if (g == split - 1) | ((g == 0) & (behind_maps < 0)):
+        return
+    begin, end, c, _skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, split, C, PACKED)
     count = tl.cdiv(end - begin, C)
     i = tl.arange(0, BK)
     if behind_maps >= 0:
-        d = tl.zeros([BK], tl.float32)
+        d = tl.load(d_0 + (n // split * HV + h).to(tl.int64) * K + i, i < tl.where(g == 0, K, 0), 0.0)
         for m in tl.range(0, count, num_stages=STAGES):
             xx, M, c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
             _e, d = onward(d, xx, M, c1, c2, behind, kept, eta, True)
@@ -464,36 +475,90 @@ def precondition_map_kernel(
         D = kept[None, :] * D - tl.dot(Y.to(DT), xx, input_precision=PRECISION)
     D -= tl.where(u[:, None] == i[None, :], 1.0, 0.0)
     inside = (u < K)[:, None] & (i < K)[None, :]
-    at = (n * HV + h).to(tl.int64) * K * K
+    at = ((n // split * (split - 2) + g - 1) * HV + h).to(tl.int64) * K * K
     tl.store(maps + at + i[None, :] * K + u[:, None], D, inside)
     tl.store(maps_T + at + i[None, :] + u[:, None] * K, D, inside)
 
 
 @triton.jit
-def precondition_expand_kernel(
-    k, rk, forget, starts, e, tails, d, cu_seqlens, chunks, eta, d_min, d_max, tokens,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+def precondition_check_kernel(
+    k, rk, factors, starts, e, tails, stops, d_end, cu_seqlens, chunks, eta, d_min, d_max, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
+    FORGET: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """d_t -> d [tokens, HV, K] float32."""
+    """The least chunk of a sequence in which a clip might fire, if any -> stops [N, HV]; 0 -> tails [chunks, HV]."""
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
     first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
     if first >= end:
         return
-    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    n, m = place(c, tokens, chunks, C, PACKED)
     i = tl.arange(0, BK)
-    start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+    d = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+    new = tl.load(starts + ((c + 1) * HV + h) * K + i, i < tl.where(first + C < end, K, 0), 0.0)
+    new += tl.load(d_end + (n * HV + h) * K + i, i < tl.where(first + C < end, 0, K), 0.0)
+    step = eta * per_token(e, first, end, h, HV, C)
+    at = factors + (c * HV + h) * 6 * C
+    top = tl.load(at + 5 * C + tl.arange(0, C))
+    kept = 1.0
+    if FORGET:
+        kept = tl.load(at + 4 * C)
+    tl.store(tails + c * HV + h, 0)
+    if not roomy(d, new, kept, step, top, d_min, d_max, i < K):
+        free = 1
+        for block in range(0, BK // BB):
+            part = block * BB + tl.arange(0, BB)
+            some = tl.load(starts + (c * HV + h) * K + part, part < K, 0.0)
+            x = keys(k, rk, first, end, h, H, HV, K, C, BB, block * BB)
+            free &= stays(some, kept, step, x * x, d_min, d_max, part < K).to(tl.int32)
+        if free == 0:
+            tl.atomic_min(stops + n * HV + h, m.to(tl.int32))
+
+
+@triton.jit
+def precondition_expand_kernel(
+    k, rk, forget, starts, e, tails, stops, d, cu_seqlens, chunks, eta, d_min, d_max, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, OF_WRITE_KEY: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_t, or OF_WRITE_KEY d_t k_t of k as used -> d [tokens, HV, K].
+
+    Without WALK, as if no clip fired. With it, from the first clip on of a sequence's chunk `stops` [N, HV].
+    """
+    c = (tl.program_id(0) // HV).to(tl.int64)
+    h = tl.program_id(0) % HV
+    first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
+    if first >= end:
+        return
+    since = first
     tail = 0
-    if BOX:
+    if WALK:
+        n, m = place(c, tokens, chunks, C, PACKED)
+        stop = tl.load(stops + n * HV + h)
+        if m < stop:
+            return
         tail = tl.load(tails + c * HV + h)
-    R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+        # What is before it stays: rounded otherwise, that would depend on whether a clip follows.
+        since += tl.where(m == stop, C - tail, 0)
+    i = tl.arange(0, BK)
+    t = first + tl.arange(0, C)
+    # All that is read comes first, to be waited for once.
+    f = logs(forget, first, end, h, HV, C, FORGET)
     errors = eta * per_token(e, first, end, h, HV, C)
+    x = keys(k, rk, first, end, h, H, HV, K, C, BK)
+    start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
+    if BOX and not WALK:  # steps that overflow, which are walked through, would be NaN in all rows
+        errors = tl.where(tl.abs(errors) < 1e30, errors, 0.0)
+    R, G, _behind, _kept = forgetting(f, C, FORGET)
     D = path(
-        R, G, k, rk, forget, e, errors, start, x * x, first, end, h, tail, eta, d_min, d_max,
-        H, HV, K, C, BK, FORGET, tl.float32, PRECISION,
+        R.to(DT), G, k, rk, forget, e, errors, start, x * x, first, end, h, tail, eta, d_min, d_max, H, HV, K, C, BK,
+        FORGET, DT, PRECISION, WALK,
     )  # fmt: skip
-    store_rows(d, D, first, end, h, HV, K, C, BK)
+    if OF_WRITE_KEY:
+        D *= x
+    mask = ((t >= since) & (t < end))[:, None] & (i < K)[None, :]
+    tl.store(d + ((t * HV + h) * K)[:, None] + i[None, :], D.to(d.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -509,7 +574,7 @@ def precondition_local_kernel(
     first, end = chunk_at(c, tokens, cu_seqlens, chunks, C, PACKED)
     if first >= end:
         return
-    R, G, _behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    R, G, _behind, _kept = forgetting(logs(forget, first, end, h, HV, C, FORGET), C, FORGET)
     R = tl.trans(R.to(DT))
     hs = tl.zeros([C], tl.float32)
     for block in tl.static_range(0, BK // BB):
@@ -527,21 +592,24 @@ def precondition_local_kernel(
 @triton.jit
 def precondition_bwd_kernel(
     a, k, rk, beta, forget, solve, factors, tails, last, h_local, adj_local, d_adj_end, p, u, adj_ends,
-    d_adj_0, cu_seqlens, first_chunk, eta, tokens,
+    d_adj_0, cu_seqlens, first_chunk, eta, tokens, split,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     AWARE: tl.constexpr, NORMALIZE: tl.constexpr, FORGET: tl.constexpr, BOX: tl.constexpr, PACKED: tl.constexpr,
-    WALK: tl.constexpr, SPLIT: tl.constexpr, OF_WRITE_KEY: tl.constexpr, STAGES: tl.constexpr,
+    WALK: tl.constexpr, OF_WRITE_KEY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """p [tokens, HV] = <u_t, s_t>, the adjoint behind each chunk -> adj_ends [chunks, HV, K], before each sequence ->
     d_adj_0 [N, HV, K]; of chunks that were walked through, u_t -> u [tokens, HV, K]. With p None, the adjoint before
-    each segment alone -> d_adj_0 [segments, HV, K].
+    each segment alone -> d_adj_0 [segments, HV, K], where a sequence's last begins with d_adj_end, others with 0, and
+    the first is left out.
 
     Without WALK, each segment down to the chunk behind `last` of its sequence, the last that was walked through; with
     it, each sequence from that chunk to its beginning.
     """
     n = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
-    begin, end, c, skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, C, PACKED, 1 if WALK else SPLIT)
+    if p is None and n % split == 0:
+        return
+    begin, end, c, skipped = sequence_at(n, tokens, cu_seqlens, first_chunk, 1 if WALK else split, C, PACKED)
     i = tl.arange(0, BK)
     j = tl.arange(0, C)
     at = (n * HV + h).to(tl.int64) * K + i
@@ -549,7 +617,7 @@ def precondition_bwd_kernel(
     live = i < K
     until = 0
     if BOX:
-        until = tl.load(last + (n // (1 if WALK else SPLIT)) * HV + h) + 1
+        until = tl.load(last + (n // (1 if WALK else split)) * HV + h) + 1
     if WALK:
         if until <= 0:
             return
@@ -558,12 +626,16 @@ def precondition_bwd_kernel(
     else:
         until = tl.minimum(tl.maximum(until - skipped, 0), count).to(tl.int32)
         adj = tl.zeros([BK], tl.float32)
+        of_sequence = (n // split * HV + h).to(tl.int64) * K + i
         if d_adj_end is not None:
-            adj = tl.load(d_adj_end + at, i < K, 0.0)
+            if p is None:
+                adj = tl.load(d_adj_end + of_sequence, i < tl.where(n % split == split - 1, K, 0), 0.0)
+            else:
+                adj = tl.load(d_adj_end + at, i < K, 0.0)
         todo = count - until
         if p is not None:
-            live = i < tl.where(n % SPLIT == 0, K, 0)
-            at = (n // SPLIT * HV + h).to(tl.int64) * K + i
+            live = i < tl.where(n % split == 0, K, 0)
+            at = of_sequence
     for back in tl.range(0, todo, num_stages=STAGES):
         m = (until if WALK else count) - 1 - back
         xx, M, _c1, c2, _r2, behind, kept = fetch(k, solve, factors, m, c, begin, end, h, H, HV, K, C, BK, FORGET)
@@ -649,7 +721,8 @@ def precondition_grads_kernel(
     b = strengths(beta, first, end, h, HV, C, AWARE)
     errors = eta * per_token(e, first, end, h, HV, C)
     ps = eta * per_token(p, first, end, h, HV, C)
-    R, G, behind, _kept = forgetting(forget, first, end, h, HV, C, FORGET)
+    f = logs(forget, first, end, h, HV, C, FORGET)
+    R, G, behind, _kept = forgetting(f, C, FORGET)
     R = R.to(DT)
     x = kr.to(tl.float32) * nk[:, None]
     s = x * x
@@ -662,7 +735,7 @@ def precondition_grads_kernel(
         U = rows(u, first, end, h, HV, K, C, BK).to(tl.float32)
     D = path(
         R, G, k, rk, forget, e, errors, start, s, first, end, h, tail, eta, d_min, d_max, H, HV, K, C, BK, FORGET, DT,
-        PRECISION,
+        PRECISION, BOX,
     )  # fmt: skip
     ds = errors[:, None] * U - (c2 * ps)[:, None] * D
     dc1 = ps
@@ -684,4 +757,4 @@ def precondition_grads_kernel(
             change += db
         tl.store(dbeta + t * HV + h, change, t < end)
     if FORGET:
-        tl.store(dforget + t * HV + h, total(U, D, 1) * tl.exp(per_token(forget, first, end, h, HV, C)), t < end)
+        tl.store(dforget + t * HV + h, total(U, D, 1) * tl.exp(f), t < end)

@@ -37,11 +37,11 @@ def chunk_at(c, tokens, cu_seqlens, chunks, C: tl.constexpr, PACKED: tl.constexp
 
 
 @triton.jit
-def sequence_at(n, tokens, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr):
-    """Of the n-th segment, where each sequence has SPLIT segments of whole chunks: first token, end, first chunk, and
+def sequence_at(n, tokens, cu_seqlens, first_chunk, split, C: tl.constexpr, PACKED: tl.constexpr):
+    """Of the n-th segment, where each sequence has `split` segments of whole chunks: first token, end, first chunk, and
     the chunks of its sequence before it."""
-    g = n % SPLIT
-    n = n // SPLIT
+    g = n % split
+    n = n // split
     if PACKED:
         begin = tl.load(cu_seqlens + n).to(tl.int64)
         end = tl.load(cu_seqlens + n + 1).to(tl.int64)
@@ -50,7 +50,7 @@ def sequence_at(n, tokens, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.
         begin = n.to(tl.int64) * tokens
         end = begin + tokens
         chunk = n.to(tl.int64) * tl.cdiv(tokens, C)
-    per = tl.cdiv(tl.cdiv(end - begin, C), SPLIT)
+    per = tl.cdiv(tl.cdiv(end - begin, C), split)
     first = tl.minimum(begin + g * per * C, end)
     return first, tl.minimum(begin + (g + 1) * per * C, end), chunk + g * per, g * per
 
@@ -80,13 +80,12 @@ def per_token(x, first, end, h, heads, C: tl.constexpr):
 
 
 @triton.jit
-def log_sums(x, first, end, h, heads, C: tl.constexpr):
-    """Float64 sums of log decays x [tokens, heads] up to each token, without it and with it [C], and over the chunk.
+def log_sums(f):
+    """Float64 sums of log decays f [C] up to each token, without it and with it, and over the chunk.
 
     Decays between two tokens are exp of differences of these: in float32 such a difference cancels where one decay is
     a wipe, in float64 it keeps 12 digits below the decimal point once what exp takes for 0 is cut off.
     """
-    f = per_token(x, first, end, h, heads, C)
     f = tl.where(f < -150.0, -150.0, f).to(tl.float64)
     upto = tl.cumsum(f, 0)
     return upto - f, upto, tl.sum(f, 0)
@@ -118,10 +117,24 @@ def total(x, y, AXIS: tl.constexpr = 0):
 
 
 @triton.jit
+def in_two(x):
+    """Float64 x as a sum of two in float32."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def between(later, earlier, C: tl.constexpr):
-    """[C, C] exp(later_t - earlier_j) at (t, j), j < t, of two sums from `log_sums`; 1 elsewhere."""
+    """[C, C] exp(later_t - earlier_j) at (t, j), j < t, of two sums from `log_sums`; 1 elsewhere.
+
+    Each sum in two terms of float32: their differences round as that of float64 does on its way to float32, and take a
+    small part of the time.
+    """
     i = tl.arange(0, C)
-    return exp(tl.where(i[:, None] > i[None, :], later[:, None] - earlier[None, :], 0.0))
+    a, a_rest = in_two(later)
+    b, b_rest = in_two(earlier)
+    y = (a[:, None] - b[None, :]) + (a_rest[:, None] - b_rest[None, :])
+    return tl.exp(tl.where(i[:, None] > i[None, :], y, 0.0))
 
 
 @triton.jit
@@ -205,15 +218,17 @@ def invert(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, JO
 
 @triton.jit
 def chain_kernel(
-    maps, steps, x_0, starts, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, SPLIT: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    maps, steps, x_0, starts, split, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x <- x + E_g x + b_g over the segments g of a sequence, with x [K, V] before each -> starts; BACK: last first.
+    """x [K, V] before each of a sequence's segments -> starts [segments, HV, K, V]; BACK: last first.
 
-    maps [segments, HV, K, K], in bf16 too: E_g = M_g - I, as rounding is to cost nothing where x stays as it is, or it
-    would grow from segment to segment. steps, starts [segments, HV, K, V]; x_0 [N, HV, K, V], None is 0.
+    steps, as starts: of the first segment, x behind it; of others, what they add to x <- x + E x. Their E, less that of
+    the last, which no one needs: maps [N (split - 2), HV, K, K], in bf16 too: x <- M x as x <- x + (M - I) x, since
+    rounding is to cost nothing where x stays as it is, or it would grow from segment to segment. x_0 None is 0.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
+    WAY: tl.constexpr = -1 if BACK else 1
     # All of E in three terms of tf32 would not fit in registers.
     BR: tl.constexpr = BK if BK <= 32 or (BK <= 128 and (PRECISION == "tf32" or BV == 1)) else 32
     n = tl.program_id(0) // (NV * HV)
@@ -225,25 +240,29 @@ def chain_kernel(
     x = tl.zeros([BK, BV], tl.float32)
     if x_0 is not None:
         x = tl.load(x_0 + (n * HV + h).to(tl.int64) * K * V + entries, inside, 0.0)
-    first = n * SPLIT + (SPLIT - 1 if BACK else 0)
-    tl.store(starts + (first * HV + h).to(tl.int64) * K * V + entries, x, inside)
-    for step in tl.range(0, SPLIT - 1, num_stages=STAGES):
-        g = first - step if BACK else first + step
-        cell = (g * HV + h).to(tl.int64)
-        after = starts + ((g - 1 if BACK else g + 1) * HV + h).to(tl.int64) * K * V
+    first = n * split + (split - 1 if BACK else 0)
+    at = (first * HV + h).to(tl.int64) * K * V
+    tl.store(starts + at + entries, x, inside)
+    x = tl.load(steps + at + entries, inside, 0.0)
+    tl.store(starts + at + WAY * HV * K * V + entries, x, inside)
+    for step in tl.range(1, split - 1, num_stages=STAGES):
+        g = first + WAY * step
+        cell = (n * (split - 2) + (split - 2 - step if BACK else step - 1)) * HV + h
+        E_at = maps + cell.to(tl.int64) * K * K
+        at = (g * HV + h).to(tl.int64) * K * V
+        after = starts + at + WAY * HV * K * V
         y = tl.zeros([BR, BV], tl.float32)
         for block in range(0, BK // BR):
             r = block * BR + tl.arange(0, BR)
             live = (r < K)[:, None] & (u < V)[None, :]
-            at = r[:, None] * V + u[None, :]
-            E = tl.load(maps + cell * K * K + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
+            E = tl.load(E_at + r[:, None] * K + i[None, :], (r < K)[:, None] & (i < K)[None, :], 0.0)
             if BV == 1:
                 y = total(E.to(tl.float32), tl.trans(x), 1)[:, None]
             else:
                 y = tl.dot(E.to(tl.float32), x, input_precision=PRECISION)
-            y += tl.load(steps + cell * K * V + at, live, 0.0)
+            y += tl.load(steps + at + r[:, None] * V + u[None, :], live, 0.0)
             if BR < BK:
-                tl.store(after + at, y, live)
+                tl.store(after + r[:, None] * V + u[None, :], y, live)
         if BR < BK:
             tl.debug_barrier()
             y = tl.load(after + entries, inside, 0.0)
