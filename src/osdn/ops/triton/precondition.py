@@ -344,8 +344,8 @@ def roomy(d, new, kept, step, top, d_min, d_max, live):
     `behind` from kept to 1: so kept u <= new - kept d + v, and kept v <= u - (new - kept d). What rounding may add is
     allowed for.
     """
-    u = tl.sum(tl.maximum(step, 0.0) * top, 0) * 1.001
-    v = tl.sum(tl.maximum(-step, 0.0) * top, 0) * 1.001
+    u = total(tl.maximum(step, 0.0), top) * 1.001
+    v = total(tl.maximum(-step, 0.0), top) * 1.001
     change = new - kept * d
     slack = 1e-5 * (tl.abs(new) + tl.abs(d))
     high = tl.maximum(d, kept * d) + tl.minimum(u, (change + v + slack) / kept)
