@@ -140,11 +140,19 @@ def in_segments(few, monkeypatch, module, tokens=1):
     return True
 
 
+def chains(monkeypatch, module):
+    """Filled whenever segments are composed."""
+    found, chain = [], module.Call.chain
+    monkeypatch.setattr(module.Call, "chain", lambda *args, **named: (found.append(1), chain(*args, **named))[1])
+    return found
+
+
 @pytest.mark.parametrize(
     ("B", "T", "H", "of_S", "of_d"),
     [
         *((8, 4096, 8, 1, 1), (1, 4096, 8, 1, 1), (1, 65536, 8, 16, 32), (1, 8192, 16, 4, 5), (1, 7616, 16, 4, 4)),
         *((2, 8192, 16, 4, 5), (2, 16384, 16, 4, 8), (4, 8192, 16, 1, 1), (4, 65536, 16, 1, 1)),
+        *((1, 4608, 16, 3, 3), (1, 4544, 16, 1, 1)),
     ],
 )
 def test_sequences_are_cut_into_segments_where_they_are_few_and_long(B, T, H, of_S, of_d, monkeypatch):
@@ -163,7 +171,7 @@ SEGMENTED = [
     Case(T=41, B=1, H=1, K=8, forget=True, feedback="beta_aware", box=BOX, chunk_size=16),
     Case(lengths=(40, 0, 1, 100), H=1, HV=2, K=9, decay="channel", forget=True, chunk_size=16, qk_l2norm=True),
     Case(T=100, H=1, K=9, V=20, decay="scalar", box=BOX, chunk_size=32),
-    Case(T=170, B=1, H=1, HV=2, K=72, V=4, forget=True, box=NONE, chunk_size=16, eta=30.0),  # maps in two blocks
+    Case(T=250, B=1, H=1, HV=2, K=72, V=4, forget=True, box=NONE, chunk_size=16, eta=30.0),  # maps in two blocks
 ]
 
 
@@ -185,9 +193,11 @@ def test_matches_the_definition_in_segments(case, dtype, monkeypatch):
     from osdn.ops.triton import function
 
     in_segments(True, monkeypatch, function)
+    chained = chains(monkeypatch, function)
     x = case.tensors(dtype)
     over, name = excess(case, kernels(case, x), *bars(case, x))
     assert over <= 1, (name, over)
+    assert chained
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.999, 0.7])
@@ -719,12 +729,15 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
 
     from osdn.ops.triton import function, launch
 
-    case = replace(WIDE, T=200, decay=decay)
+    case = replace(WIDE, T=400, decay=decay)
     x = case.tensors(dtype)
+    chained = chains(monkeypatch, function)
     exact, allowed = bars(case, x)
     since = launch.capability(torch.device(DEVICE))
     for name, configs in launch.CONFIGS.items():
-        in_segments(name.startswith(("chain", "precondition_map")), monkeypatch, function)
+        segments = name.startswith(("chain", "precondition_map"))
+        in_segments(segments, monkeypatch, function)
+        chained.clear()
         for n, config in enumerate(configs):
             if dtype != torch.bfloat16 and not {"PROGRAMS", "BF16", "FULL"}.isdisjoint(config):
                 continue  # not for fp32
@@ -739,6 +752,7 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
                 continue
             over, what = excess(case, got, exact, allowed)
             assert over <= 1, (name, config, what, over)
+            assert bool(chained) == segments
         monkeypatch.setitem(launch.CONFIGS, name, configs)
 
 

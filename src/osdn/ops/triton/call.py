@@ -25,7 +25,8 @@ SEGMENT = 12
 """Tokens for each channel of a key or value that a segment has at least, by sequences' mean length: in bf16, a tenth of
 what is kept is then of segments."""
 SEGMENTS = 3
-"""Segments that a sequence is cut into at least: of two, each would have half of what there is to do, twice."""
+"""Segments that a sequence is cut into at least, if at all: of two, each would have half of what there is to do, twice,
+and there would be no maps."""
 _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.precondition_map_kernel, chain_kernel)
 """Kernels whose programs have a block of columns each."""
 

@@ -160,7 +160,7 @@ class _Delta:
         }  # fmt: skip
 
     def empty_intra(self) -> dict[str, Tensor | None]:
-        """Of each chunk alone: T, P, w, and scales of rows; all but w left by `delta_intra_fwd_kernel`."""
+        """T, P and scales of rows, of each chunk alone, which `delta_intra_fwd_kernel` leaves, and w."""
         call, n, HV, C = self.call, self.call.chunk_count, self.call.HV, self.call.C
         T, P = (call.new(n, HV, C, C, dtype=call.stored) for _ in range(2))
         w = None if self.rule is None else call.tokens(HV, self.k.shape[3], dtype=call.stored)

@@ -168,7 +168,7 @@ def walk(
     """D [C, BK], d_t of the chunk's tokens, with the last `tail` rows anew, token by token from the first of them on.
 
     Lanes beyond K stay as they are: there an infinite step is 0 times infinity. Tokens are asked for two ahead, not by
-    `four`, for which `delta_intra_fwd` has no registers.
+    `four`, for which `precondition_grads` has no registers.
     """
     r = tl.arange(0, C)
     i = tl.arange(0, BK)
@@ -219,9 +219,10 @@ def path(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     FORGET: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`;
-    WALK, the last `tail` tokens, which may be infinite, are walked through."""
+    """d_t [C, BK] from d before the chunk, errors and s, whose product is eta e s, and R and G from `forgetting`; with
+    WALK the last `tail` tokens, whose steps may be NaN, are walked through."""
     steps = tl.where((tl.arange(0, C) + tail < C)[:, None], s * errors[:, None], 0.0)
+    steps = clip(steps, -1e30, 1e30)  # infinite, they would be NaN in rows before, too
     D = G[:, None] * d[None, :] + tl.dot(R.to(DT), steps.to(DT), input_precision=PRECISION)
     if WALK and tail > 0:
         D = walk(D, tail, k, rk, forget, e, first, end, h, eta, d_min, d_max, H, HV, K, C, BK, FORGET)
@@ -238,8 +239,7 @@ def precondition_solve_kernel(
     """What the passes over chunks read beside k: with SOLVE, M = (I + L)^-1 -> solve [chunks, HV, C, C].
 
     factors [chunks, HV, 6, C]: c1; c2 G_t, 1 and prod_{i > t} lambda_i, each times r^2, with s = r^2 k^2; G_C; with
-    SOLVE the largest s of each token. With
-    L2NORM r = rsqrt(sum k^2 + 1e-6) is in rk [tokens, H], where SOLVE stores it.
+    SOLVE the largest s of each token. With L2NORM r = rsqrt(sum k^2 + 1e-6) is in rk [tokens, H], where SOLVE puts it.
     """
     c = (tl.program_id(0) // HV).to(tl.int64)
     h = tl.program_id(0) % HV
@@ -338,7 +338,8 @@ def stays(d, kept, step, s, d_min, d_max, live):
 
 @triton.jit
 def roomy(d, new, kept, step, top, d_min, d_max, live):
-    """What `stays` says or False, without the keys: from d behind the chunk, `new`, and each token's largest s, `top`.
+    """What `stays` says or False, without the keys: from d behind the chunk as `onward` has it, `new`, and each token's
+    largest s, `top`.
 
     With u = sum max(step, 0) s and v = sum max(-step, 0) s, d behind the chunk is kept d + sum behind step s with
     `behind` from kept to 1: so kept u <= new - kept d + v, and kept v <= u - (new - kept d). What rounding may add is
@@ -347,7 +348,7 @@ def roomy(d, new, kept, step, top, d_min, d_max, live):
     u = total(tl.maximum(step, 0.0), top) * 1.001
     v = total(tl.maximum(-step, 0.0), top) * 1.001
     change = new - kept * d
-    slack = 1e-5 * (tl.abs(new) + tl.abs(d))
+    slack = 1e-5 * (tl.abs(new) + tl.abs(d) + u + v)
     high = tl.maximum(d, kept * d) + tl.minimum(u, (change + v + slack) / kept)
     low = tl.minimum(d, kept * d) - tl.minimum(v, (u - change + slack) / kept)
     return tl.min(tl.where(live, ((low - slack >= d_min) & (high + slack <= d_max)).to(tl.int32), 1), 0) > 0
@@ -482,7 +483,7 @@ def precondition_map_kernel(
 
 @triton.jit
 def precondition_check_kernel(
-    k, rk, factors, starts, e, tails, stops, d_end, cu_seqlens, chunks, eta, d_min, d_max, tokens,
+    k, rk, factors, starts, e, tails, stops, d_end, cu_seqlens, chunks, eta, d_min, d_max, tokens, split,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, C: tl.constexpr,
     FORGET: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -504,7 +505,11 @@ def precondition_check_kernel(
     if FORGET:
         kept = tl.load(at + 4 * C)
     tl.store(tails + c * HV + h, 0)
-    if not roomy(d, new, kept, step, top, d_min, d_max, i < K):
+    # Where another segment begins, d is what maps in bf16 made of it.
+    count = tl.cdiv(end - first, C) + m
+    per = tl.cdiv(count, split)
+    known = tl.where(m + 1 < count, (m + 1) % per != 0, m // per == split - 1)
+    if not (known & roomy(d, new, kept, step, top, d_min, d_max, i < K)):
         free = 1
         for block in range(0, BK // BB):
             part = block * BB + tl.arange(0, BB)
@@ -548,8 +553,8 @@ def precondition_expand_kernel(
     errors = eta * per_token(e, first, end, h, HV, C)
     x = keys(k, rk, first, end, h, H, HV, K, C, BK)
     start = tl.load(starts + (c * HV + h) * K + i, i < K, 0.0)
-    if BOX and not WALK:  # steps that overflow, which are walked through, would be NaN in all rows
-        errors = tl.where(tl.abs(errors) < 1e30, errors, 0.0)
+    if BOX and not WALK:  # NaN, which is walked through, would be in all rows
+        errors = tl.where(errors == errors, errors, 0.0)
     R, G, _behind, _kept = forgetting(f, C, FORGET)
     D = path(
         R.to(DT), G, k, rk, forget, e, errors, start, x * x, first, end, h, tail, eta, d_min, d_max, H, HV, K, C, BK,
