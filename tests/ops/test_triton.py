@@ -455,6 +455,20 @@ def test_a_step_so_large_that_the_solve_overflows(factor):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("eta", "others", "large"), [(1e20, 0.0, 1e9), (0.1, 0.1, 1e20)])
+def test_a_step_that_overflows_changes_nothing_before_it(eta, others, large, tokens):
+    """By errors that are finite; of two such tokens, NaN as the solve has them, from their block of 16 tokens on."""
+    case = Case(T=40, B=1, H=1, K=4, eta=eta, box=BOX)
+    x = case.tensors(torch.float32)
+    x["d"].clamp_(0.9, 1.0)
+    x["k"] *= others
+    x["k"][:, 20 : 20 + tokens] = large
+    got, want = (rule(case, y, backend, beta=False)["d"] for y, backend in ((on_device(x), "triton"), (x, "reference")))
+    # A sum over up to 20 tokens in another order.
+    torch.testing.assert_close(got.cpu(), want, rtol=4e-6, atol=0)
+
+
 def test_d_behind_a_chunk_is_not_out_of_the_box_by_a_rounding():
     """With K = 1, d comes to 1 from below, which is the bound here, and no update takes it any further."""
     k, d = torch.ones(1, 48, 4, 1), torch.rand(1, 4, 1, generator=torch.Generator().manual_seed(0))
