@@ -70,6 +70,14 @@ def make_active(name):
     return model
 
 
+def make_multimodal():
+    text = transformers.Qwen3_5TextConfig(**SIZES, **HOSTS["qwen3_5"][1])
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    config = transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=vision)
+    torch.manual_seed(0)
+    return osdn.precondition_model(transformers.Qwen3_5ForConditionalGeneration(config).eval(), ACTIVE)
+
+
 def layers(model):
     return [m for m in model.modules() if isinstance(m, PreconditionedHost)]
 
@@ -77,6 +85,11 @@ def layers(model):
 def logits(model, x, **kwargs):
     with torch.no_grad():
         return model(x, **kwargs).logits
+
+
+def recompute(model):
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
 
 
 def difference(a, b):
@@ -209,11 +222,7 @@ def test_an_osdn_model_without_a_preconditioner(tmp_path):
 
 
 def test_a_text_model_inside_another(tmp_path):
-    text = transformers.Qwen3_5TextConfig(**SIZES, **HOSTS["qwen3_5"][1])
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
-    config = transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=vision)
-    torch.manual_seed(0)
-    model = osdn.precondition_model(transformers.Qwen3_5ForConditionalGeneration(config).eval(), ACTIVE)
+    model = make_multimodal()
     model.save_pretrained(tmp_path)
     loaded = osdn.load_preconditioned(tmp_path)
     assert type(loaded) is transformers.Qwen3_5ForConditionalGeneration
@@ -238,10 +247,70 @@ def test_packed_is_looped(name):
     with torch.no_grad():
         looped = torch.cat([layer(part) for part in x.split(lengths, 1)], 1)
         assert difference(layer(x, cu_seq_lens_q=cu, seq_idx=cu), looped) < 1e-5
-    with pytest.raises(ValueError, match="seq_idx: got a tensor, takes None, or cu_seq_lens_q beside it"):
+    with pytest.raises(ValueError, match="seq_idx: got a tensor, takes None, or cu_seq_lens_q or position_ids beside"):
         layer(x, seq_idx=cu)
     with pytest.raises(ValueError, match=r"past_key_values: got a cache, takes None with packed .* use_cache=False"):
         layer(x, DynamicCache(), cu_seq_lens_q=cu)
+
+
+ROWS = [[30, 1, 44], [75]]
+POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ROWS])
+
+
+def looped(model):
+    return torch.stack([torch.cat([model(part[None]).logits[0] for part in x.split(row)]) for x, row in zip(X, ROWS)])
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_packed_by_position_ids_is_looped(name):
+    """Attention layers are transformers' own: were it for these alone, logits would be off by half their norm."""
+    model = make_active(name)
+    with torch.no_grad():
+        want = looped(model)
+        assert difference(model(X, position_ids=POSITIONS).logits, want) < 1e-5  # float32
+        assert difference(model.lm_head(model.model(X, None, POSITIONS).last_hidden_state), want) < 1e-5
+        assert difference(model(X).logits, want) > 0.1
+        row, offsets = {"position_ids": POSITIONS[:1], "use_cache": False}, torch.tensor([0, 30, 31, 75])
+        assert difference(model(X[:1], cu_seq_lens_q=offsets, **row).logits, want[:1]) < 1e-5
+        assert difference(model(X[:1], cu_seq_lens_q=offsets[[0, 3]], **row).logits, want[:1]) > 0.1
+    recompute(model.train())
+    grads = []
+    for logits_of in (lambda: model(X, position_ids=POSITIONS).logits, lambda: looped(model)):
+        (logits_of() * torch.linspace(-1, 1, 53)).sum().backward()
+        grads.append(torch.cat([layer.d0.grad.flatten() for layer in layers(model)]))
+        model.zero_grad()
+    assert difference(*grads) < 1e-4
+
+
+def test_packed_by_position_ids_inside_another_model_and_after_loading(tmp_path):
+    make_multimodal().save_pretrained(tmp_path)
+    model = osdn.load_preconditioned(tmp_path)
+    with torch.no_grad():
+        want = looped(model)
+        for positions in (POSITIONS, POSITIONS.expand(4, -1, -1)):
+            assert difference(model(X, position_ids=positions).logits, want) < 1e-5
+            assert difference(copy.deepcopy(model)(X, position_ids=positions).logits, want) < 1e-5
+        images = POSITIONS.expand(3, -1, -1)
+        of_images_alone = model(X, position_ids=images).logits
+        model.model.language_model._forward_pre_hooks.clear()
+        assert torch.equal(of_images_alone, model(X, position_ids=images).logits)
+
+
+def test_where_transformers_would_mix_packed_sequences():
+    model, kwargs = make_active("qwen3_next"), {"position_ids": POSITIONS}
+    for mask in (MASK, torch.ones_like(X)):
+        with pytest.raises(
+            ValueError, match=r"attention_mask: got a mask beside position_ids of packed .*, takes None"
+        ):
+            model(X, attention_mask=mask, **kwargs)
+    for cache in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
+        with pytest.raises(
+            ValueError, match=r"past_key_values: got a cache, takes None with packed .* use_cache=False"
+        ):
+            model(X, **kwargs, **cache)
+    padded = (MASK.cumsum(-1) - 1).masked_fill(MASK == 0, 1)  # as generate numbers what is padded
+    one, other = (logits(model, X, attention_mask=MASK, **k) for k in ({"position_ids": padded}, {}))
+    assert difference(one[MASK == 1], other[MASK == 1]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
@@ -263,8 +332,7 @@ def test_training_the_preconditioner_alone(name):
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     everything = osdn.precondition_model(make_host(name))
     assert all(p.requires_grad for p in everything.parameters())
-    renamed = hasattr(everything, "activation_checkpointing_enable")
-    (everything.activation_checkpointing_enable if renamed else everything.gradient_checkpointing_enable)()
+    recompute(everything)
     everything.train()(X, labels=X).loss.backward()
     assert all(layer.d0.grad.abs().max() > 0 for layer in layers(everything))
 

@@ -6,6 +6,7 @@ Letters as in `osdn.nn.layer`. A host is a layer of transformers that mixes toke
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -19,10 +20,12 @@ from transformers import AutoConfig, PreTrainedModel
 from osdn.models.configuration import OSDNConfig
 from osdn.nn.layer import DeltaMixer, OnlineScaledDeltaNet, Projections, is_preconditioner_parameter
 from osdn.nn.options import PreconditionerOptions
+from osdn.nn.packing import find_packing
 from osdn.ops.options import refuse, work_dtype
 
 Train = Literal["all", "preconditioner"]
 Model = TypeVar("Model", bound=PreTrainedModel)
+PACKING = "osdn_packing"  # among what a host's layers are called with
 FIELD = "osdn_preconditioner"  # of the host's config: the options, by which `load_preconditioned` knows the checkpoint
 
 
@@ -64,13 +67,38 @@ class PreconditionedHost(DeltaMixer):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As `osdn.OnlineScaledDeltaNet.forward`, called as the host was; of kwargs, `cu_seq_lens_q` counts."""
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None and kwargs.get("seq_idx") is not None:
-            refuse("seq_idx", "a tensor", "None, or cu_seq_lens_q beside it")
-        if cu_seqlens is not None and cache_params is not None:
+        """As `osdn.OnlineScaledDeltaNet.forward`, called as the host was; of kwargs, `cu_seq_lens_q` counts, and what
+        `_pass_packing` puts there."""
+        cu_seqlens, packing = kwargs.get("cu_seq_lens_q"), kwargs.get(PACKING)
+        packed = cu_seqlens is not None or packing is not None
+        if not packed and kwargs.get("seq_idx") is not None:
+            refuse("seq_idx", "a tensor", "None, or cu_seq_lens_q or position_ids beside it")
+        if packed and cache_params is not None:
             refuse("past_key_values", "a cache", "None with packed sequences: pass use_cache=False")
+        if packing is not None:
+            return self._mix_packed(hidden_states, None, packing)
         return super().forward(hidden_states, attention_mask, cache_params, cu_seqlens)
+
+
+def _pass_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
+    """Before a host's text model runs: sequences packed by `position_ids`, which transformers heeds in attention layers
+    alone, and only without a mask and a cache, are found for the delta layers too."""
+    given = {**dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args)), **kwargs}
+    positions, mask, ids = (given.get(name) for name in ("position_ids", "attention_mask", "input_ids"))
+    if positions is not None and positions.ndim == 3:  # of text and of an image's three axes, or of these alone
+        positions = positions[0] if len(positions) == 4 else None
+    prepared = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
+    if positions is None or prepared or given.get("cu_seq_lens_q") is not None:
+        return None
+    B, T = (given["inputs_embeds"] if ids is None else ids).shape[:2]
+    packing = find_packing(B, T, mask, positions)
+    if packing is None or packing.per_row:
+        return None
+    if mask is not None:
+        refuse("attention_mask", "a mask beside position_ids of packed sequences", "None: attention would mix them")
+    if given.get("use_cache") is None:
+        given["use_cache"] = False
+    return (), {**given, PACKING: packing}
 
 
 def precondition_model(
@@ -87,7 +115,8 @@ def precondition_model(
     with `forget`, `forget_proj`. At d_init 1 and without forgetting, outputs are what they were until training moves
     d0: up to rounding with eta 0, up to the eps of the keys' norm with beta_free feedback. beta_aware feedback and
     forgetting change them at once. Padding, packing by `cu_seq_lens_q`, caches, `generate` and beams work as before:
-    the cache holds d beside S.
+    the cache holds d beside S. Packing by `position_ids` alone, which transformers heeds in attention layers
+    only, holds in the delta layers too.
 
     Args:
         model: transformers' Qwen3-Next, Qwen3.5 (dense or MoE), OLMo-hybrid or Kimi-Linear, with any head or none, or
@@ -186,6 +215,8 @@ def _replace(model: PreTrainedModel, hosts: dict[str, Any], options: Preconditio
         if (shared := copies.get(id(getattr(module, "config", None)))) is not None:
             module.config = shared
     config = model.config.get_text_config()
+    for name in {name.rpartition("layers.")[0].rstrip(".") for name in hosts if not isinstance(config, OSDNConfig)}:
+        model.get_submodule(name).register_forward_pre_hook(_pass_packing, with_kwargs=True)
     for name, host in hosts.items():
         if isinstance(host, OnlineScaledDeltaNet):
             host.precondition(options)

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from osdn.nn.conv import causal_conv1d
 from osdn.nn.norm import RMSNorm
 from osdn.nn.options import PreconditionerOptions
-from osdn.nn.packing import find_packing
+from osdn.nn.packing import Packing, find_packing
 from osdn.ops.api import check_packing, l2norm, online_scaled_delta_rule, precondition
 from osdn.ops.options import (
     Backend,
@@ -166,12 +166,14 @@ class DeltaMixer(nn.Module):
             return self._mix(hidden_states, past_key_values, cu_seqlens)
         if cu_seqlens is not None:
             refuse("attention_mask", "a mask beside cu_seqlens", "None with packed sequences")
-        packing = find_packing(B, T, attention_mask)
+        return self._mix_packed(hidden_states, past_key_values, find_packing(B, T, attention_mask))
+
+    def _mix_packed(self, x: Tensor, cache: Any | None, packing: Packing | None) -> Tensor:
         if packing is None:
-            return self._mix(hidden_states, past_key_values, None)
+            return self._mix(x, cache, None)
         if packing.is_empty:
-            return torch.zeros_like(hidden_states)
-        return packing.unpack(self._mix(packing.pack(hidden_states), past_key_values, packing.cu_seqlens))
+            return torch.zeros_like(x)
+        return packing.unpack(self._mix(packing.pack(x), cache, packing.cu_seqlens))
 
     def _mix(self, x: Tensor, cache: Any | None, cu_seqlens: Tensor | None) -> Tensor:
         work = work_dtype(x)
