@@ -225,6 +225,42 @@ KERNEL_MUTANTS = {
     "segments begin with what they alone make": ("shared", "        x += y\n", "        x = y\n"),
     "segments pass on what S begins with unchanged": ("shared", "y = tl.dot(E", "y = 0.0 * tl.dot(E"),
     "segments pass on what d begins with unchanged": ("shared", "y = total(E", "y = 0.0 * total(E"),
+    "every segment begins with S_0": ("delta", "if S_0 is not None and n % split == 0:", "if S_0 is not None:"),
+    "every segment ends with the cotangent of S": (
+        "delta",
+        "dB is not None else tl.where(n % split == split - 1, V, 0)))",
+        "dB is not None else V))",
+    ),
+    "S behind the first segment given for the last": (
+        "delta",
+        "inside = (u < tl.where(n % split == split - 1, V, 0))",
+        "inside = (u < tl.where(n % split == 0, V, 0))",
+    ),
+    "every segment begins with d_0": (
+        "precondition",
+        "+ i, i < tl.where(g == 0, K, 0), 0.0)",
+        "+ i, i < K, 0.0)",
+    ),
+    "every segment ends with the cotangent of d": (
+        "precondition",
+        "d_adj_end + of_sequence, i < tl.where(n % split == split - 1, K, 0), 0.0)",
+        "d_adj_end + of_sequence, i < K, 0.0)",
+    ),
+    "d behind the first segment given for the last": (
+        "precondition",
+        "live = i < tl.where(n % split == split - 1, K, 0)",
+        "live = i < tl.where(n % split == 0, K, 0)",
+    ),
+    "adjoint of d before the last segment given for the first": (
+        "precondition",
+        "live = i < tl.where(n % split == 0, K, 0)",
+        "live = i < tl.where(n % split == split - 1, K, 0)",
+    ),
+    "maps of segments in the order of the forward pass": (
+        "shared",
+        "split - 2 - step if BACK else step - 1",
+        "step - 1 if BACK else step - 1",
+    ),
     "segment with a clip passed on": (
         "precondition",
         "until - skipped, 0",

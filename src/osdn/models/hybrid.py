@@ -116,7 +116,8 @@ def precondition_model(
     d0: up to rounding with eta 0, up to the eps of the keys' norm with beta_free feedback. beta_aware feedback and
     forgetting change them at once. Padding, packing by `cu_seq_lens_q`, caches, `generate` and beams work as before:
     the cache holds d beside S. Packing by `position_ids` alone, which transformers heeds in attention layers
-    only, holds in the delta layers too.
+    only, holds in the delta layers too. A model on the meta device is to get its weights from a checkpoint or another
+    process: `init_weights` reaches neither d0 and forget_proj nor the decays of the layers that are replaced.
 
     Args:
         model: transformers' Qwen3-Next, Qwen3.5 (dense or MoE), OLMo-hybrid or Kimi-Linear, with any head or none, or
