@@ -95,15 +95,20 @@ def is_held_out(text: str, share: float) -> bool:
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """What stands in each line, with its number, blank ones apart. ValueError, ", line <n>: ..", where one is not JSON
-    in UTF-8."""
+    in UTF-8, or has half of a character in an escape."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line.decode())
+                if b"\\ud" in line.lower():  # an escape, which may be of half a character
+                    json.dumps(value, ensure_ascii=False).encode()
             except UnicodeDecodeError as error:
                 raise ValueError(f", line {number}: not UTF-8 at byte {error.start} of it; takes UTF-8") from None
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise ValueError(f", line {number}: {half!a}, half of a character; takes Unicode text") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f", line {number}: not JSON ({error.msg}); takes an object a line") from None
             yield number, value
