@@ -151,6 +151,16 @@ def test_a_snapshot_before_any_token(make_model, tokens):
     assert set(cache.snapshot()) == {"seen_tokens"}
 
 
+def test_a_cache_without_d_is_refused(make_model, tokens):
+    model, cache = make_model("apf"), OSDNCache(make_model("apf").config)
+    with torch.no_grad():
+        model(tokens[:, :6], past_key_values=cache)
+        cache.restore({name: x for name, x in cache.snapshot().items() if name != "1.d"})
+        for piece in (tokens[:, 6:], tokens[:, 6:7]):
+            with pytest.raises(ValueError, match="past_key_values: got a cache with S and without d, takes one that a"):
+                model(piece, past_key_values=copy.deepcopy(cache))
+
+
 def test_a_snapshot_under_gradients_is_cut_from_the_graph(make_model, tokens):
     cache = make_model("os-gdn")(tokens, use_cache=True).past_key_values
     assert not any(x.requires_grad for x in cache.snapshot().values())

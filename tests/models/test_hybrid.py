@@ -186,6 +186,16 @@ def test_round_trip(name, dtype, tmp_path):
     assert set(osdn.load_preconditioned(tmp_path / "again").state_dict()) == set(state)
 
 
+def test_loading_takes_what_from_pretrained_takes(tmp_path):
+    make_active("qwen3_5").save_pretrained(tmp_path / "sub")
+    model, info = osdn.load_preconditioned(
+        tmp_path, subfolder="sub", use_cache=False, attn_implementation="eager", output_loading_info=True
+    )
+    assert not model.config.use_cache
+    assert (model.config._attn_implementation, len(info["missing_keys"])) == ("eager", 0)
+    assert getattr(model.config, FIELD)["forget_bias"] == 2.0
+
+
 def test_initial_values_are_not_overwritten(tmp_path):
     """transformers initialises every linear layer that it does not know to be done: forget_proj would halve d."""
     model = osdn.precondition_model(make_host("qwen3_5"), {"forget": "data_dependent", "d_init": 0.5})
@@ -270,9 +280,18 @@ def test_packed_by_position_ids_is_looped(name):
         assert difference(model(X, position_ids=POSITIONS).logits, want) < 1e-5  # float32
         assert difference(model.lm_head(model.model(X, None, POSITIONS).last_hidden_state), want) < 1e-5
         assert difference(model(X).logits, want) > 0.1
-        row, offsets = {"position_ids": POSITIONS[:1], "use_cache": False}, torch.tensor([0, 30, 31, 75])
+        same = torch.tensor([[0] * 30 + [1] + [2] * 44, [3] * 75])
+        attends = (same[:, :, None] == same[:, None]).tril()[:, None]
+        for mask in (attends, {"full_attention": attends, "linear_attention": None}):
+            assert difference(model(X, attention_mask=mask, position_ids=POSITIONS).logits, want) < 1e-5
+        row, offsets = {"position_ids": POSITIONS[:1]}, torch.tensor([0, 30, 31, 75])
         assert difference(model(X[:1], cu_seq_lens_q=offsets, **row).logits, want[:1]) < 1e-5
         assert difference(model(X[:1], cu_seq_lens_q=offsets[[0, 3]], **row).logits, want[:1]) > 0.1
+        ahead = POSITIONS + 100 * same  # begins later, where transformers begins anew, too
+        want = [
+            model(x[None], position_ids=p[None]).logits for x, p in zip(X[0].split(ROWS[0]), ahead[0].split(ROWS[0]))
+        ]
+        assert difference(model(X[:1], position_ids=ahead[:1]).logits, torch.cat(want, 1)) < 1e-5
     recompute(model.train())
     grads = []
     for logits_of in (lambda: model(X, position_ids=POSITIONS).logits, lambda: looped(model)):
@@ -311,6 +330,7 @@ def test_where_transformers_would_mix_packed_sequences():
     padded = (MASK.cumsum(-1) - 1).masked_fill(MASK == 0, 1)  # as generate numbers what is padded
     one, other = (logits(model, X, attention_mask=MASK, **k) for k in ({"position_ids": padded}, {}))
     assert difference(one[MASK == 1], other[MASK == 1]) < 1e-5
+    assert model(X[:1], cu_seq_lens_q=torch.tensor([0, 75])).past_key_values is None
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])

@@ -206,9 +206,23 @@ def test_initial_values(state_decay):
 
 
 def test_lambda_begins_at_the_bias_everywhere():
-    layer = OnlineScaledDeltaNet(24, 2, preconditioner={})
-    forget = layer.forget_proj(torch.randn(1, 3, 24))
-    torch.testing.assert_close(forget, torch.full((1, 3, 2), -math.log1p(math.exp(-6.9))))
+    layer, found = OnlineScaledDeltaNet(24, 2, preconditioner={}), []
+    layer.register_write_hook(lambda _, writes: found.append(writes.forget))
+    layer(torch.randn(1, 3, 24))
+    torch.testing.assert_close(found[0], torch.full((1, 3, 2), -math.log1p(math.exp(-6.9))))
+
+
+def test_linear_layers_are_linear():
+    """So that libraries may put adapters or other linear layers in their place."""
+    m, x = make("apf").float(), torch.randn(1, 6, 24)
+    y = m(x)
+    for name, module in list(m.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain.load_state_dict(module.state_dict())
+            m.set_submodule(name, plain)
+    assert type(m.forget_proj) is torch.nn.Linear
+    assert torch.equal(m(x), y)
 
 
 def test_d_that_is_not_learned_survives_meta_and_dtype():

@@ -109,6 +109,9 @@ def test_decayed_names_and_groups_agree():
     names = {id(p): name for name, p in model.named_parameters()}
     assert [names[id(p)] for p in decayed["params"]] == [n for n in decayed_names(model) if n != "lm_head.weight"]
     assert {names[id(p)].rpartition(".")[2] for p in others["params"]} == {"d0", "A_log", "dt_bias", "weight"}
+    hybrid = torch.nn.Module()
+    hybrid.A_log = torch.nn.Parameter(torch.zeros(1, 1, 4, 1))  # as transformers' Kimi-Linear has it
+    assert decayed_names(hybrid) == []
 
 
 def test_the_schedule(toy, console):

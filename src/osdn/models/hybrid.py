@@ -20,11 +20,12 @@ from transformers import AutoConfig, PreTrainedModel
 from osdn.models.configuration import OSDNConfig
 from osdn.nn.layer import DeltaMixer, OnlineScaledDeltaNet, Projections, is_preconditioner_parameter
 from osdn.nn.options import PreconditionerOptions
-from osdn.nn.packing import find_packing
+from osdn.nn.packing import Packing, find_packing
 from osdn.ops.options import refuse, work_dtype
 
 Train = Literal["all", "preconditioner"]
 Model = TypeVar("Model", bound=PreTrainedModel)
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 PACKING = "osdn_packing"  # among what a host's layers are called with
 FIELD = "osdn_preconditioner"  # of the host's config: the options, by which `load_preconditioned` knows the checkpoint
 
@@ -81,24 +82,32 @@ class PreconditionedHost(DeltaMixer):
 
 
 def _pass_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
-    """Before a host's text model runs: sequences packed by `position_ids`, which transformers heeds in attention layers
-    alone, and only without a mask and a cache, are found for the delta layers too."""
+    """Before a host's text model runs: of sequences packed by `position_ids`, which transformers heeds in attention
+    layers alone, the delta layers are told too; and packed ones get no cache unless it is asked for."""
     given = {**dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args)), **kwargs}
-    positions, mask, ids = (given.get(name) for name in ("position_ids", "attention_mask", "input_ids"))
-    if positions is not None and positions.ndim == 3:  # of text and of an image's three axes, or of these alone
-        positions = positions[0] if len(positions) == 4 else None
-    prepared = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
-    if positions is None or prepared or given.get("cu_seq_lens_q") is not None:
+    packed = given.get("cu_seq_lens_q") is not None
+    packing = None if packed else _packing(**{n: given.get(n) for n in inspect.signature(_packing).parameters})
+    if not packed and packing is None:
         return None
-    B, T = (given["inputs_embeds"] if ids is None else ids).shape[:2]
-    packing = find_packing(B, T, mask, positions)
+    return (), {**given, "use_cache": bool(given.get("use_cache")), PACKING: packing}
+
+
+def _packing(input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> Packing | None:
+    if position_ids is not None and position_ids.ndim == 3:  # of text and an image's three axes, or of these alone
+        position_ids = position_ids[0] if len(position_ids) == 4 else None
+    if position_ids is None:
+        return None
+    B, T = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    padding = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
+    if not isinstance(padding, Tensor) or padding.ndim != 2:
+        runs = F.pad((position_ids.diff(dim=-1) != 1).cumsum(-1), (1, 0))  # as transformers counts them
+        return find_packing(B, T, seq_idx=runs)
+    packing = find_packing(B, T, padding, position_ids)
     if packing is None or packing.per_row:
         return None
-    if mask is not None:
+    if padding is attention_mask:  # with which transformers does not heed position_ids
         refuse("attention_mask", "a mask beside position_ids of packed sequences", "None: attention would mix them")
-    if given.get("use_cache") is None:
-        given["use_cache"] = False
-    return (), {**given, PACKING: packing}
+    return packing
 
 
 def precondition_model(
@@ -121,7 +130,7 @@ def precondition_model(
 
     Args:
         model: transformers' Qwen3-Next, Qwen3.5 (dense or MoE), OLMo-hybrid or Kimi-Linear, with any head or none, or
-            an OSDN model whose preconditioner is None.
+            an OSDN model whose preconditioner is None. Not a part of another model, whose config would not know.
         preconditioner: `osdn.nn.PreconditionerOptions`, or a dict of its fields; those not named are what
             `upgrade_options` says: beta_free, eta 1, d0 learned from 1, no forgetting, box [0, 2 / beta_max].
         train: "all" leaves `requires_grad` as it is; "preconditioner" freezes everything but d0 and forget_proj.
@@ -168,7 +177,7 @@ def load_preconditioned(path: str | Path, **kwargs: Any) -> Any:
     """
     if "config" in kwargs:
         refuse("config", type(kwargs["config"]).__name__, "none: the checkpoint's own is used")
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _WHERE if name in kwargs})
     options = getattr(config.get_text_config(), FIELD, None)
     if options is None:
         refuse("path", path, f"a model saved after osdn.precondition_model, whose config has {FIELD}")
@@ -186,7 +195,7 @@ def load_preconditioned(path: str | Path, **kwargs: Any) -> Any:
     # name and module, since transformers goes by these.
     loader: Any = type(name, (host_class,), {"__init__": init, "__module__": host_class.__module__})
     wanted = kwargs.pop("output_loading_info", False)
-    model, info = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    model, info = loader.from_pretrained(path, output_loading_info=True, **kwargs)
     if lacks := sorted(filter(is_preconditioner_parameter, info["missing_keys"])):
         refuse("path", f"{path} without {', '.join(lacks)}", "all weights of the preconditioner")
     model.__class__ = host_class

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
+_UNDECAYED = ("d0", "A_log", "dt_bias")  # of any shape: Kimi-Linear's A_log has four dimensions
+
 
 def decayed_names(model: nn.Module) -> list[str]:
     """Names of the parameters that take weight decay: matrices, embeddings and convolutions. Not d0, which it would
     pull to 0 and the step size with it, nor A_log, dt_bias, biases and norms."""
-    return [name for name, p in model.named_parameters() if p.ndim >= 2 and name.rpartition(".")[2] != "d0"]
+    return [n for n, p in model.named_parameters() if p.ndim >= 2 and n.rpartition(".")[2] not in _UNDECAYED]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

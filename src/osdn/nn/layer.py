@@ -188,7 +188,7 @@ class DeltaMixer(nn.Module):
         beta = torch.sigmoid(p.b.to(work))
         beta = 2 * beta if self.allow_neg_eigval else beta
         g = None if p.g is None else p.g.to(work)
-        forget = self.forget_proj(x) if hasattr(self, "forget_proj") else None
+        forget = F.logsigmoid(self.forget_proj(x).to(work)) if hasattr(self, "forget_proj") else None
         rule = None if self.preconditioner is None else self.preconditioner.rule()
         if self._write_hooks:
             writes = self._writes(k, beta, forget, rule, state.d, cu_seqlens)
@@ -244,6 +244,8 @@ class DeltaMixer(nn.Module):
             # Not `cache.get_recurrent_state(..., 1)`: transformers tracks what is filled by conv states alone.
             if layer.has_previous_state[0]:
                 states = [layer.conv_states[0], layer.recurrent_states[0], layer.recurrent_states[1]]
+                if self.preconditioner is not None and states[2] is None:
+                    refuse("past_key_values", "a cache with S and without d", "one that a preconditioned model filled")
                 if torch.is_grad_enabled():  # the cache is written in place, also over what autograd has saved
                     states = [None if s is None else s.clone() for s in states]
                 return states[0], DeltaState(states[1], states[2])
@@ -420,14 +422,14 @@ class OnlineScaledDeltaNet(DeltaMixer):
 
 
 class ForgetProjection(nn.Linear):
-    """log lambda = logsigmoid(x W^T + b), [B, T, D] to [B, T, HV], all in the work dtype: 1 - lambda is near 1e-3,
-    where bf16 has steps of 3% through the bias alone.
+    """x W^T + b, the logits of lambda, [B, T, D] to [B, T, HV], all in the work dtype: 1 - lambda is near 1e-3, where
+    bf16 has steps of 3% through the bias alone. Linear, as what adapts or quantises linear layers takes it to be.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         work = work_dtype(x)
         with no_autocast(x.device):
-            return F.logsigmoid(F.linear(x.to(work), self.weight.to(work), self.bias.to(work)))
+            return F.linear(x.to(work), self.weight.to(work), self.bias.to(work))
 
 
 def is_preconditioner_parameter(name: str) -> bool:
