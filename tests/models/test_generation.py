@@ -191,8 +191,9 @@ def test_snapshots_that_do_not_fit(change, make_model, tokens):
         snapshot["x"] = tokens
     with pytest.raises(ValueError, match=r"snapshot: got keys 0.S, .*, takes a snapshot of 2 layers"):
         cache.restore(snapshot)
-    with pytest.raises(ValueError, match="copies: got 0, takes an int >= 1"):
-        cache.restore(cache.snapshot(), copies=0)
+    for copies in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"copies: got {copies}, takes an integer >= 1"):
+            cache.restore(cache.snapshot(), copies=copies)
 
 
 def greedy_without_cache(model, x, steps, mask=None):

@@ -147,6 +147,8 @@ def test_logits_to_keep(make_model, tokens):
     logits = model(tokens).logits
     torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, logits[:, -2:], **EXACT)
     torch.testing.assert_close(model(tokens, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]], **EXACT)
+    with pytest.raises(ValueError, match="logits_to_keep: got None, takes an int or a tensor"):
+        model(tokens, logits_to_keep=None)
 
 
 def test_loss(make_model, tokens):

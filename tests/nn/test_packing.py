@@ -67,3 +67,5 @@ def test_ids_that_do_not_fit():
         find_packing(2, 3, None, torch.zeros(3, 2, 3))
     with pytest.raises(ValueError, match=r"seq_idx: got \(1, 4\)"):
         find_packing(2, 3, None, None, torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"position_ids: got list, takes shape \[1, 2\]$"):
+        find_packing(1, 2, None, [[0, 1]])

@@ -93,9 +93,9 @@ def _pass_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _packing(input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> Packing | None:
-    if position_ids is not None and position_ids.ndim == 3:  # of text and an image's three axes, or of these alone
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # for images: of text and three axes, or of axes
         position_ids = position_ids[0] if len(position_ids) == 4 else None
-    if position_ids is None:
+    if not isinstance(position_ids, Tensor):
         return None
     B, T = (inputs_embeds if input_ids is None else input_ids).shape[:2]
     padding = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask

@@ -23,7 +23,7 @@ from osdn.models.configuration import OSDNConfig
 from osdn.nn.layer import OnlineScaledDeltaNet, OutputGate, StateDecay
 from osdn.nn.norm import RMSNorm
 from osdn.nn.packing import Packing, find_packing
-from osdn.ops.options import refuse
+from osdn.ops.options import check_size, refuse
 
 
 class OSDNCache(DynamicCache):
@@ -71,8 +71,7 @@ class OSDNCache(DynamicCache):
         rest = names - needed - {f"{i}.d" for i in range(len(self))}
         if "seen_tokens" not in snapshot or rest or (names and not needed <= names):
             refuse("snapshot", f"keys {', '.join(sorted(snapshot))}", f"a snapshot of {len(self)} layers")
-        if copies < 1:
-            refuse("copies", copies, "an int >= 1")
+        check_size("copies", copies)
         self.seen_tokens = int(snapshot["seen_tokens"])
         for i, layer in enumerate(self.layers):
             fresh = self.layers[i] = type(layer)(number_of_states=layer.number_of_states)
@@ -257,6 +256,8 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         `labels` `[B, T]`, -100 where there is none, are shifted here (`shift_labels`, by name: were shifted before);
         the loss is the mean over labels, or their sum over `num_items_in_batch`. All else as in `OSDNModel.forward`.
         """
+        if not isinstance(logits_to_keep, (int, Tensor)):
+            refuse("logits_to_keep", repr(logits_to_keep), "an int or a tensor of positions")
         # Not in the signature: Trainer asks its data for every parameter there that has "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(

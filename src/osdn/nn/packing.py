@@ -72,8 +72,9 @@ def find_packing(
         keep = None if bool(keep.all()) else keep
     ids = [("position_ids", position_ids), ("seq_idx", seq_idx)]
     for name, x in ids:
-        if x is not None and tuple(x.shape) not in ((B, T), (1, T)):
-            raise ValueError(f"{name}: got {tuple(x.shape)}, takes shape [{B}, {T}] or [1, {T}]")
+        if x is not None and (not isinstance(x, Tensor) or tuple(x.shape) not in ((B, T), (1, T))):
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: got {got}, takes shape [{B}, {T}]" + (f" or [1, {T}]" if B > 1 else ""))
 
     if T == 1:
         ids = []
