@@ -235,9 +235,15 @@ def test_falls_below_the_unigrams_of_real_text(toy, console):
         ("--size no_such 1", "no_such: OSDNConfig has no such field"),
         ("--micro-batch 3", "micro_batch: got 3, takes a divisor of the 16 rows"),
         ("--fsdp", "fsdp: got one process, takes several GPUs under torchrun"),
-        ("--held-out 0.1 --context 9999999", "held_out: got less than a row of 9999999 tokens"),
+        (
+            "--held-out 0.1 --context 9999999",
+            "held_out: got 0.1, which leaves out less than a row of 9999999 tokens; takes more of data, or 0",
+        ),
         ("--steps 0", "steps: got 0, takes a number >= 1"),
-        ("--data *.txt", "streams: got 16, but data holds 3 document(s) to train on, not one for each; takes 2\n"),
+        (
+            "--data *.txt",
+            "streams: got 16, to which 3 document(s) to train on are dealt so that one gets none; takes 2\n",
+        ),
         ("--data *.txt --held-out 0.9999", "data: got no documents to train on (3 file(s) "),
     ],
 )

@@ -26,7 +26,8 @@ class TrainConfig:
     """Integer fields of OSDNConfig in place of the preset's, e.g. num_hidden_layers 4 hidden_size 256."""
 
     data: tuple[str, ...] = ()
-    """Text, JSONL or Parquet files (paths or globs), or one name of a dataset to stream. None: the sources of Python's
+    """Text, JSONL or Parquet files (paths, globs, directories whose every file is text), or one name of a dataset to
+    stream. None: the sources of Python's
     standard library."""
     subset: str | None = None
     """Configuration of a dataset that is streamed by name."""

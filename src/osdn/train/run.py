@@ -151,8 +151,10 @@ class Task:
             share = 1.0 if config.eval_data else config.held_out
             held_out = held_out_rows(source, tokenizer, context=config.context, rows=config.eval_sequences, share=share)
             if not held_out:
-                name = "eval_data" if config.eval_data else "held_out"
-                raise ValueError(f"{name}: got less than a row of {config.context} tokens, takes more text")
+                less = f"less than a row of {config.context} tokens"
+                if config.eval_data:
+                    raise ValueError(f"eval_data: got {less}; takes more text")
+                raise ValueError(f"held_out: got {share}, which leaves out {less}; takes more of data, or 0 for none")
         return cls(tokenizer, model_config, documents, held_out)
 
 
@@ -165,7 +167,7 @@ def _require_documents(documents: Documents, config: TrainConfig) -> None:
         raise ValueError(f"data: got no documents to train on ({documents.name}), takes more, or held_out 0")
     divisors = (n for n in range(1, config.streams) if config.batch_size % n == 0)
     most = max(n for n in divisors if fills_streams(documents, n, config.held_out))
-    got = f"got {config.streams}, but data holds {count} document(s) to train on, not one for each"
+    got = f"got {config.streams}, to which {count} document(s) to train on are dealt so that one gets none"
     raise ValueError(f"streams: {got}; takes {most}")
 
 

@@ -728,14 +728,13 @@ def precondition_grads_kernel(
     ps = eta * per_token(p, first, end, h, HV, C)
     f = logs(forget, first, end, h, HV, C, FORGET)
     R, G, behind, _kept = forgetting(f, C, FORGET)
-    R = R.to(DT)
     x = kr.to(tl.float32) * nk[:, None]
     s = x * x
     n = total(x, x, 1)
     c1, c2 = feedback(b, n, NORMALIZE)
     y = dw.to(tl.float32) * x if OF_WRITE_KEY else dw
     z = y - (c2 * ps)[:, None] * s
-    U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R), z.to(DT), input_precision=PRECISION)
+    U = behind[:, None] * adj[None, :] + tl.dot(tl.trans(R.to(DT)), z.to(DT), input_precision=PRECISION)
     if BOX and tail > 0:
         U = rows(u, first, end, h, HV, K, C, BK).to(tl.float32)
     D = path(
