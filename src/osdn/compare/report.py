@@ -267,13 +267,15 @@ class Summary:
 
     def figure(self) -> bytes:
         """PNG: the headline against steps, what it is made of, length, and error against state bytes; lines and dots
-        are means, bars the range over seeds, and of few models bands the range and thin lines the seeds."""
+        are means. Of few models bars and bands are the range over seeds, and thin lines the seeds; of many small dots
+        are the seeds."""
         e = self.experiment
         columns = 4 if e.eval_lengths else 3
         figure = Figure(figsize=(4.4 * columns, 4.4 + 0.18 * len(e.models)), layout="constrained")
         axes = list(figure.subplots(1, columns))
         steps, parts, size = axes[0], axes[1], axes[-1]
         what = f"recall accuracy at {e.num_pairs} pairs" if self.mqar else "loss, nats a byte"
+        few = len(e.models) <= _FEW
         for i, model in enumerate(e.models):
             aside = (i - (len(e.models) - 1) / 2) / max(1, len(e.models) / _FEW)  # keeps bars of equal height apart
             color, line = COLORS[i % len(COLORS)], _LINES[i // len(COLORS) % len(_LINES)]
@@ -281,7 +283,7 @@ class Summary:
             at = [point["step"] for point in runs[0]["history"]]
             curve = [Values(tuple(run["history"][j][self.key] for run in runs)) for j in range(len(at))]
             steps.plot(at, [v.mean for v in curve], color=color, label=model, linewidth=2, linestyle=line)
-            if len(e.models) <= _FEW:
+            if few:
                 for run in runs:
                     curve_of_run = [point[self.key] for point in run["history"]]
                     steps.plot(at, curve_of_run, color=color, linewidth=0.8, alpha=0.6)
@@ -289,20 +291,20 @@ class Summary:
                 steps.fill_between(at, low, high, color=color, alpha=0.12)
             if self.mqar:
                 points = [self.values(model, "final", "by_pairs", str(n), "accuracy") for n in e.eval_pairs]
-                _bars(parts, [n + 0.35 * aside for n in e.eval_pairs], points, color, line)
+                _points(parts, [n + 0.35 * aside for n in e.eval_pairs], points, color, line, few)
             else:
                 points = [self.values(model, "final", k) for k in ("hit_loss", "rest_loss")]
-                _bars(parts, [x + 0.12 * aside for x in (0.0, 1.0)], points, color, "")
+                _points(parts, [x + 0.12 * aside for x in (0.0, 1.0)], points, color, "", few)
             if e.eval_lengths:
                 lengths = [e.seq_len * m for m in e.eval_lengths]
                 points = [self.values(model, "final", "by_length", str(T), self.key) for T in lengths]
                 points = [self.values(model, *self.headline), *points]
-                _bars(axes[2], [T * 1.02**aside for T in (e.seq_len, *lengths)], points, color, line)
+                _points(axes[2], [T * 1.02**aside for T in (e.seq_len, *lengths)], points, color, line, few)
             score = self.values(model, *self.headline)
             if self.mqar:  # half an answer stands for none wrong
                 floor = 0.5 / (e.eval_sequences * e.num_pairs)
                 score = Values(tuple(max(1 - x, floor) for x in score.each))
-            _bars(size, [runs[0]["state_bytes"] * 1.001**aside], [score], color, "")
+            _points(size, [runs[0]["state_bytes"] * 1.001**aside], [score], color, "", few)
         label(steps, "training steps", f"held-out {what}")
         if self.mqar:
             label(parts, "pairs in the sequence", "recall accuracy after training")
@@ -328,17 +330,21 @@ class Summary:
                 bottom, top = panel.get_ylim()
                 panel.set_ylim(max(bottom, -0.03), min(top, 1.03))
         figure.legend(loc="outside lower center", ncols=3 if len(e.models) > _FEW else _FEW, frameon=False, fontsize=8)
-        seeds = f"mean and range over {e.seeds} seeds" if e.seeds > 1 else "one seed"
+        seeds = f"mean and {'range over ' if few else ''}{e.seeds} seeds" if e.seeds > 1 else "one seed"
         figure.suptitle(f"{self.title}; {seeds}", fontsize=10)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
         return buffer.getvalue()
 
 
-def _bars(axes: Axes, x: Sequence[float], values: Sequence[Values], color: str, line: str) -> None:
+def _points(axes: Axes, x: Sequence[float], values: Sequence[Values], color: str, line: str, few: bool) -> None:
+    """Means, with the range of each, or, as ranges of many hide each other, all that it is made of."""
     low, high = ([sign * (end(v.each) - v.mean) for v in values] for sign, end in ((-1, min), (1, max)))
-    means = [v.mean for v in values]
-    axes.errorbar(x, means, yerr=[low, high], color=color, marker="o", markersize=5, capsize=3, linestyle=line)
+    means, ranges = [v.mean for v in values], [low, high] if few else None
+    axes.errorbar(x, means, yerr=ranges, color=color, marker="o", markersize=5, capsize=3, linestyle=line)
+    if not few:
+        for at, v in zip(x, values):
+            axes.plot([at] * len(v.each), v.each, color=color, marker="o", markersize=2, linestyle="", alpha=0.5)
 
 
 def label(axes: Axes, x: str, y: str) -> None:
