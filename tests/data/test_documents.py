@@ -65,7 +65,7 @@ def test_the_standard_library_is_the_default():
         ({"a.jsonl": b'{"text": "x"}\n{"te'}, r"a.jsonl, line 2: not JSON \(Unterminated string"),
         ({"a.jsonl": b'{"body": "x"}\n'}, r"a.jsonl, line 1: no text in field 'text'; --text-field names another$"),
         (
-            {"a.jsonl": b'{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n'},
+            {"a.jsonl": b'{"text": "\\ud83d\\ude00", "id": "\\ud83d"}\n{"text": "\\ud83d"}\n'},
             r"a.jsonl, line 2: '\\ud83d', half of a character; takes Unicode text$",
         ),
         ({"a.jsonl": b"[1]\n"}, r"a.jsonl, line 1: no text in field 'text'"),

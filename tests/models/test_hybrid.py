@@ -284,6 +284,11 @@ def test_packed_by_position_ids_is_looped(name):
         attends = (same[:, :, None] == same[:, None]).tril()[:, None]
         for mask in (attends, {"full_attention": attends, "linear_attention": None}):
             assert difference(model(X, attention_mask=mask, position_ids=POSITIONS).logits, want) < 1e-5
+        real = (torch.arange(75) < torch.tensor([[70], [75]])).long()
+        mask = {"full_attention": attends, "linear_attention": real}
+        assert (
+            difference(model(X, attention_mask=mask, position_ids=POSITIONS).logits[real == 1], want[real == 1]) < 1e-5
+        )
         row, offsets = {"position_ids": POSITIONS[:1]}, torch.tensor([0, 30, 31, 75])
         assert difference(model(X[:1], cu_seq_lens_q=offsets, **row).logits, want[:1]) < 1e-5
         assert difference(model(X[:1], cu_seq_lens_q=offsets[[0, 3]], **row).logits, want[:1]) > 0.1
@@ -331,6 +336,29 @@ def test_where_transformers_would_mix_packed_sequences():
     one, other = (logits(model, X, attention_mask=MASK, **k) for k in ({"position_ids": padded}, {}))
     assert difference(one[MASK == 1], other[MASK == 1]) < 1e-5
     assert model(X[:1], cu_seq_lens_q=torch.tensor([0, 75])).past_key_values is None
+    cache = model(X[:1, :30]).past_key_values  # with which a jump begins nothing, there as here
+    model(X[:1, 30:], past_key_values=cache, position_ids=torch.tensor([[*range(30, 50), *range(60, 85)]]))
+
+
+def test_position_ids_of_one_sequence():
+    model, positions = make_active("qwen3_next"), torch.arange(75)[None]
+    want = logits(model, X[:1], use_cache=False)
+    assert torch.equal(logits(model, X[:1], position_ids=positions, seq_idx=torch.zeros(1, 75)), want)
+    for wrong in (positions[0], positions[:, 1:]):
+        with pytest.raises(ValueError, match=r"position_ids: got \(.*\), takes shape \[1, 75\]$"):
+            model(X[:1], position_ids=wrong)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(position_ids=positions)
+
+
+def test_a_decoding_step_compiles_whole():
+    model = make_active("qwen3_5")
+    with torch.no_grad():
+        cache = model(X[:, :20]).past_key_values
+    more = {"attention_mask": torch.ones(2, 21, dtype=torch.long), "position_ids": torch.full((1, 1), 20)}
+    expected = logits(model, X[:, 20:21], past_key_values=copy.deepcopy(cache), **more)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert difference(logits(compiled, X[:, 20:21], past_key_values=cache, **more), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])

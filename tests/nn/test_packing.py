@@ -62,6 +62,13 @@ def test_masks_that_do_not_fit(mask):
         find_packing(2, 3, mask)
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1, 1, 0]])])
+def test_a_packing_moves_with_what_it_packs(mask):
+    packing = find_packing(1, 3, mask, torch.tensor([[0, 0, 1]])).to(torch.device("meta"))
+    assert packing.unpack(packing.pack(torch.zeros(1, 3, 2, device="meta"))).shape == (1, 3, 2)
+    assert packing.cu_seqlens.device.type == "meta"
+
+
 def test_ids_that_do_not_fit():
     with pytest.raises(ValueError, match=r"position_ids: got \(3, 2, 3\), takes shape \[2, 3\] or \[1, 3\]"):
         find_packing(2, 3, None, torch.zeros(3, 2, 3))

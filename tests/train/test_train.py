@@ -242,7 +242,7 @@ def test_falls_below_the_unigrams_of_real_text(toy, console):
         ("--steps 0", "steps: got 0, takes a number >= 1"),
         (
             "--data *.txt",
-            "streams: got 16, to which 3 document(s) to train on are dealt so that one gets none; takes 2\n",
+            "streams: got 16, of which one would get none of 3 document(s) to train on; takes 2\n",
         ),
         ("--data *.txt --held-out 0.9999", "data: got no documents to train on (3 file(s) "),
     ],

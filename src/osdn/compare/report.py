@@ -267,8 +267,8 @@ class Summary:
 
     def figure(self) -> bytes:
         """PNG: the headline against steps, what it is made of, length, and error against state bytes; lines and dots
-        are means. Of few models bars and bands are the range over seeds, and thin lines the seeds; of many small dots
-        are the seeds."""
+        are means. With few models bars and bands are the range over seeds, and thin lines the seeds; with many, small
+        dots are the seeds."""
         e = self.experiment
         columns = 4 if e.eval_lengths else 3
         figure = Figure(figsize=(4.4 * columns, 4.4 + 0.18 * len(e.models)), layout="constrained")
@@ -330,7 +330,7 @@ class Summary:
                 bottom, top = panel.get_ylim()
                 panel.set_ylim(max(bottom, -0.03), min(top, 1.03))
         figure.legend(loc="outside lower center", ncols=3 if len(e.models) > _FEW else _FEW, frameon=False, fontsize=8)
-        seeds = f"mean and {'range over ' if few else ''}{e.seeds} seeds" if e.seeds > 1 else "one seed"
+        seeds = f"mean and {'range over' if few else 'each of'} {e.seeds} seeds" if e.seeds > 1 else "one seed"
         figure.suptitle(f"{self.title}; {seeds}", fontsize=10)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)

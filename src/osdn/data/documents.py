@@ -93,22 +93,26 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2.0**64
 
 
+def check_characters(text: str, where: str) -> None:
+    """Raises ValueError, beginning with `where`, for half of a character, which JSON has as an escape, and no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"{where}: {half!a}, half of a character; takes Unicode text") from None
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """What stands in each line, with its number, blank ones apart. ValueError, ", line <n>: ..", where one is not JSON
-    in UTF-8, or has half of a character in an escape."""
+    in UTF-8."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line.decode())
-                if b"\\ud" in line.lower():  # an escape, which may be of half a character
-                    json.dumps(value, ensure_ascii=False).encode()
             except UnicodeDecodeError as error:
                 raise ValueError(f", line {number}: not UTF-8 at byte {error.start} of it; takes UTF-8") from None
-            except UnicodeEncodeError as error:
-                half = error.object[error.start]
-                raise ValueError(f", line {number}: {half!a}, half of a character; takes Unicode text") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f", line {number}: not JSON ({error.msg}); takes an object a line") from None
             yield number, value
@@ -127,6 +131,7 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
     for number, document in json_lines(path):
         if not isinstance(document, dict) or not isinstance(document.get(text_field), str):
             raise ValueError(f", line {number}: no text in field {text_field!r}; --text-field names another")
+        check_characters(document[text_field], f", line {number}")
         yield document[text_field]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from osdn.data.documents import find_documents, is_held_out, json_lines, read_documents
+from osdn.data.documents import check_characters, find_documents, is_held_out, json_lines, read_documents
 
 
 def read_texts(
@@ -57,6 +57,7 @@ def check_fields(row: Any, fields: Sequence[str], may_be_blank: Sequence[str], w
         if not isinstance(row.get(name), str) or not (row[name].strip() or name in may_be_blank):
             got = repr(row[name]) if name in row else "nothing"
             raise ValueError(f"{where}, with {got} as {name!r}; takes a string that is not blank")
+        check_characters(row[name], where)
 
 
 def digest(texts: Sequence[str]) -> str:

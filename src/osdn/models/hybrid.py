@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 from osdn.models.configuration import OSDNConfig
 from osdn.nn.layer import DeltaMixer, OnlineScaledDeltaNet, Projections, is_preconditioner_parameter
 from osdn.nn.options import PreconditionerOptions
-from osdn.nn.packing import Packing, find_packing
+from osdn.nn.packing import Packing, check_ids, find_packing
 from osdn.ops.options import refuse, work_dtype
 
 Train = Literal["all", "preconditioner"]
@@ -77,36 +77,46 @@ class PreconditionedHost(DeltaMixer):
         if packed and cache_params is not None:
             refuse("past_key_values", "a cache", "None with packed sequences: pass use_cache=False")
         if packing is not None:
-            return self._mix_packed(hidden_states, None, packing)
+            return self._mix_packed(hidden_states, None, packing.to(hidden_states.device))
         return super().forward(hidden_states, attention_mask, cache_params, cu_seqlens)
 
 
 def _pass_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
     """Before a host's text model runs: of sequences packed by `position_ids`, which transformers heeds in attention
     layers alone, the delta layers are told too; and packed ones get no cache unless it is asked for."""
-    given = {**dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args)), **kwargs}
-    packed = given.get("cu_seq_lens_q") is not None
-    packing = None if packed else _packing(**{n: given.get(n) for n in inspect.signature(_packing).parameters})
-    if not packed and packing is None:
+    names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
+    given = {**dict(zip(names, args)), **kwargs}
+    by_offsets, by_positions = given.get("cu_seq_lens_q") is not None, isinstance(given.get("position_ids"), Tensor)
+    if not by_offsets and not by_positions:
         return None
-    return (), {**given, "use_cache": bool(given.get("use_cache")), PACKING: packing}
+    packing = None if by_offsets else _packing(given)
+    if by_positions:
+        given["seq_idx"] = None  # says the same
+    if by_offsets or packing is not None:
+        given |= {"use_cache": bool(given.get("use_cache")), PACKING: packing}
+    return (), given
 
 
-def _packing(input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> Packing | None:
-    if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # for images: of text and three axes, or of axes
-        position_ids = position_ids[0] if len(position_ids) == 4 else None
-    if not isinstance(position_ids, Tensor):
+def _packing(given: dict[str, Any]) -> Packing | None:
+    positions, mask = given["position_ids"], given.get("attention_mask")
+    x = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if positions.ndim == 3:  # for images: of text and three axes, or of axes
+        positions = positions[0] if len(positions) == 4 else None
+    if x is None or positions is None or x.shape[1] == 1:  # decoding is not to wait for the device
         return None
-    B, T = (inputs_embeds if input_ids is None else input_ids).shape[:2]
-    padding = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
+    B, T = x.shape[:2]
+    check_ids("position_ids", positions, B, T)
+    padding = mask.get("linear_attention") if isinstance(mask, dict) else mask
     if not isinstance(padding, Tensor) or padding.ndim != 2:
-        runs = F.pad((position_ids.diff(dim=-1) != 1).cumsum(-1), (1, 0))  # as transformers counts them
+        padding = None
+    if padding is None and given.get("past_key_values") is None:
+        runs = F.pad((positions.diff(dim=-1) != 1).cumsum(-1), (1, 0))  # as transformers counts them
         return find_packing(B, T, seq_idx=runs)
-    packing = find_packing(B, T, padding, position_ids)
+    packing = find_packing(B, T, padding, positions)
     if packing is None or packing.per_row:
         return None
-    if padding is attention_mask:  # with which transformers does not heed position_ids
-        refuse("attention_mask", "a mask beside position_ids of packed sequences", "None: attention would mix them")
+    if padding is not None and padding is mask:
+        refuse("attention_mask", "a mask beside position_ids of packed sequences", "None: attention may mix them")
     return packing
 
 
@@ -124,9 +134,10 @@ def precondition_model(
     with `forget`, `forget_proj`. At d_init 1 and without forgetting, outputs are what they were until training moves
     d0: up to rounding with eta 0, up to the eps of the keys' norm with beta_free feedback. beta_aware feedback and
     forgetting change them at once. Padding, packing by `cu_seq_lens_q`, caches, `generate` and beams work as before:
-    the cache holds d beside S. Packing by `position_ids` alone, which transformers heeds in attention layers
-    only, holds in the delta layers too. A model on the meta device is to get its weights from a checkpoint or another
-    process: `init_weights` reaches neither d0 and forget_proj nor the decays of the layers that are replaced.
+    the cache holds d beside S. Packing by `position_ids` alone, which transformers' sdpa and eager attention heed,
+    holds in the delta layers too; beside a mask or a cache, where they do not heed it, it is refused. A model on the
+    meta device is to get its weights from a checkpoint or another process: `init_weights` reaches neither d0 and
+    forget_proj nor the decays of the layers that are replaced.
 
     Args:
         model: transformers' Qwen3-Next, Qwen3.5 (dense or MoE), OLMo-hybrid or Kimi-Linear, with any head or none, or
@@ -225,8 +236,6 @@ def _replace(model: PreTrainedModel, hosts: dict[str, Any], options: Preconditio
         if (shared := copies.get(id(getattr(module, "config", None)))) is not None:
             module.config = shared
     config = model.config.get_text_config()
-    for name in {name.rpartition("layers.")[0].rstrip(".") for name in hosts if not isinstance(config, OSDNConfig)}:
-        model.get_submodule(name).register_forward_pre_hook(_pass_packing, with_kwargs=True)
     for name, host in hosts.items():
         if isinstance(host, OnlineScaledDeltaNet):
             host.precondition(options)
@@ -237,6 +246,8 @@ def _replace(model: PreTrainedModel, hosts: dict[str, Any], options: Preconditio
     else:
         config.number_of_conv_states = 2  # transformers' caches read it: state 0 is (conv, S), state 1 is d
         setattr(config, FIELD, options.to_dict())
+        for name in {name.rpartition("layers.")[0].rstrip(".") for name in hosts}:
+            model.get_submodule(name).register_forward_pre_hook(_pass_packing, with_kwargs=True)
 
 
 def _allows_neg_eigval(host: Any) -> bool:

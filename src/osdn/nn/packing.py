@@ -5,7 +5,7 @@ Letters: B rows, T columns, M real tokens, N sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Packing:
         """Nothing but padding."""
         return self.tokens is not None and len(self.tokens) == 0
 
+    def to(self, device: torch.device) -> Packing:
+        tokens = None if self.tokens is None else self.tokens.to(device)
+        return replace(self, tokens=tokens, cu_seqlens=self.cu_seqlens.to(device))
+
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` to `[1, M, ...]`."""
         x = x.flatten(0, 1)
@@ -41,6 +45,13 @@ class Packing:
         if self.tokens is not None:
             x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.tokens, x)
         return x.unflatten(0, (self.B, self.T))
+
+
+def check_ids(name: str, x: object, B: int, T: int) -> None:
+    """Raises ValueError, naming the argument, for what is no tensor `[B, T]` or `[1, T]`."""
+    if not isinstance(x, Tensor) or tuple(x.shape) not in ((B, T), (1, T)):
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: got {got}, takes shape [{B}, {T}]" + (f" or [1, {T}]" if B > 1 else ""))
 
 
 def find_packing(
@@ -72,9 +83,8 @@ def find_packing(
         keep = None if bool(keep.all()) else keep
     ids = [("position_ids", position_ids), ("seq_idx", seq_idx)]
     for name, x in ids:
-        if x is not None and (not isinstance(x, Tensor) or tuple(x.shape) not in ((B, T), (1, T))):
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: got {got}, takes shape [{B}, {T}]" + (f" or [1, {T}]" if B > 1 else ""))
+        if x is not None:
+            check_ids(name, x, B, T)
 
     if T == 1:
         ids = []

@@ -27,8 +27,7 @@ class TrainConfig:
 
     data: tuple[str, ...] = ()
     """Text, JSONL or Parquet files (paths, globs, directories whose every file is text), or one name of a dataset to
-    stream. None: the sources of Python's
-    standard library."""
+    stream. Empty: the sources of Python's standard library."""
     subset: str | None = None
     """Configuration of a dataset that is streamed by name."""
     split: str = "train"

@@ -167,7 +167,7 @@ def _require_documents(documents: Documents, config: TrainConfig) -> None:
         raise ValueError(f"data: got no documents to train on ({documents.name}), takes more, or held_out 0")
     divisors = (n for n in range(1, config.streams) if config.batch_size % n == 0)
     most = max(n for n in divisors if fills_streams(documents, n, config.held_out))
-    got = f"got {config.streams}, to which {count} document(s) to train on are dealt so that one gets none"
+    got = f"got {config.streams}, of which one would get none of {count} document(s) to train on"
     raise ValueError(f"streams: {got}; takes {most}")
 
 
