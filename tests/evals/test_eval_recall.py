@@ -1,10 +1,11 @@
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from osdn.data.tokenizer import byte_tokenizer
 from osdn.evals import recall
@@ -126,6 +127,13 @@ def test_the_score_is_whether_the_answer_is_contained(make, said, continuation, 
 def test_it_stops_at_a_line_break():
     stop = recall._LineBreak(byte_tokenizer(), 2)
     assert stop(torch.tensor([list(b"a\nbcd"), list(b"abcd\n")]), None).tolist() == [False, True]
+
+
+def test_a_prompt_is_not_closed(make, tmp_path):
+    """As ByT5's tokenizer closes every text: what stands behind would be asked for, not the answer."""
+    closing = replace(make.checkpoint, tokenizer=ByT5Tokenizer())
+    (prompt,) = Cloze(closing, "fda", jsonl(tmp_path / "x", {"text": "It is deep blue.", **KIND})).prompts
+    assert prompt[-1] == ord(":") + 3
 
 
 class Ends(Says):

@@ -246,9 +246,20 @@ def test_text_comes_out_while_it_is_made(checkpoint):
     assert (process.returncode, err) == (130, b"osdn: interrupted\n")
 
 
+def test_a_reader_that_has_had_enough(checkpoint):
+    _, path = checkpoint
+    command = [sys.executable, "-m", "osdn.cli", "generate", str(path), "--prompt", "a", "--max-new-tokens", "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--prompt", "\udcff"], r"prompt: '\\udcff', half of a character; takes Unicode text"),
+        (["--prompt", "a", "--seed", "-1"], r"seed: got -1, takes a number in \[0, 2\^63\)"),
         (["--prompt", ""], "prompt: got an empty text, takes at least one token"),
         (["--prompt", "a", ""], "prompt: got an empty text, takes at least one token"),
         (["--prompt", "a", "--file", "b"], "prompt, file: got both, takes one of the two"),

@@ -240,6 +240,9 @@ def test_falls_below_the_unigrams_of_real_text(toy, console):
             "held_out: got 0.1, which leaves out less than a row of 9999999 tokens; takes more of data, or 0",
         ),
         ("--steps 0", "steps: got 0, takes a number >= 1"),
+        ("--eps 0", "eps: got 0.0, takes a finite number >= 1e-37"),
+        ("--betas 0.9 1", "betas: got (0.9, 1.0), takes numbers in [0, 1)"),
+        ("--seed 4294967296", "seed: got 4294967296, takes a number < 2^32"),
         (
             "--data *.txt",
             "streams: got 16, of which one would get none of 3 document(s) to train on; takes 2\n",
@@ -256,6 +259,16 @@ def test_a_bad_request_is_one_line(arguments, message, capsys, tmp_path, monkeyp
     assert error.startswith(f"osdn: {message}")
     assert error.count("\n") == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {".txt"}  # no run directory is claimed
+
+
+@pytest.mark.parametrize("name", ["model", "model.part", "checkpoint.part"])
+def test_what_no_run_has_written_is_not_replaced(name, toy, console):
+    config = toy(steps=1)
+    (config.out / name).mkdir(parents=True)
+    (config.out / name / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match=rf"out: got \S+, whose {name} is not of `osdn train`; takes a new path"):
+        train(config, console=console)
+    assert [path.name for path in config.out.rglob("*")] == [name, "notes.txt"]
 
 
 def test_wandb_that_is_not_installed(toy, console, monkeypatch):

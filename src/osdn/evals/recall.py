@@ -14,6 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.documents import check_fields, digest, read_jsonl
 from osdn.evals.results import Metric, Record, ratio
+from osdn.generate.text import Codec
 from osdn.runs import first_line
 
 SOURCES = {"fda": "hazyresearch/based-fda", "swde": "hazyresearch/based-swde-v2", "squad": "hazyresearch/based-squad"}
@@ -42,7 +43,7 @@ class Cloze:
     """
 
     kind = "recall"
-    version = 1
+    version = 2  # 1 read what a tokenizer puts behind every text as part of the prompt
 
     def __init__(
         self, checkpoint: Checkpoint, name: str, source: Path | None = None, *, window: int = 1_000, limit: int = 0
@@ -67,7 +68,7 @@ class Cloze:
             prompt, short = self._prompt(row, answer, base, twice, window - KEPT)
             self.cut["documents"] += short
             self.cut["answers_lost"] += answer.lower() in row["text"].lower() and answer.lower() not in prompt.lower()
-            self.prompts.append(self.tokenizer(prompt, verbose=False)["input_ids"])
+            self.prompts.append(Codec(self.tokenizer).encode(prompt))
             self.answers.append(answer)
         if not self.prompts:
             raise ValueError(f"cloze: got {self.data['sources']}, without an answer of two characters or more")

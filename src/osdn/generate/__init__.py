@@ -41,6 +41,8 @@ class Generate:
         for name, least in (("max_new_tokens", 1), ("samples", 1), ("beams", 1), ("top_k", 0), ("temperature", 0)):
             if not (value := getattr(self, name)) >= least:
                 raise ValueError(f"{name}: got {value}, takes a number >= {least}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, takes a number in [0, 2^63)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p}, takes a number in (0, 1]")
         if self.samples > 1 and self.temperature == 0 and self.samples > self.beams:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from osdn.data.documents import check_characters
 from osdn.data.text import read_text
 from osdn.generate import Generate
 from osdn.models.configuration import OSDNConfig
@@ -38,8 +39,9 @@ class Codec:
     tokenizer: PreTrainedTokenizerBase
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text that is to go on. ValueError where there are none."""
-        tokens: list[int] = self.tokenizer(text)["input_ids"]
+        """Tokens of a text that is to go on. ValueError where there are none, and for what is no Unicode text."""
+        check_characters(text, "prompt")
+        tokens: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         if tokens and tokens[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
             tokens = tokens[:-1]
         if not tokens:

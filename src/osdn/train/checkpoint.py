@@ -12,13 +12,13 @@ from typing import Any
 from osdn.runs import RunError
 from osdn.runs.store import Warn, set_aside, write_json
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 def seal(part: Path, final: Path, stamp: str) -> None:
     """Make the directory `part` the checkpoint `final`: every file is on the disk, then its manifest, then its name."""
     files = {path.relative_to(part).as_posix(): _size_and_hash(path, sync=True) for path in _files(part)}
-    write_json(part / _MANIFEST, {"stamp": stamp, "files": files})
+    write_json(part / MANIFEST, {"stamp": stamp, "files": files})
     for directory in (part, *(path for path in part.rglob("*") if path.is_dir())):
         _sync_directory(directory)
     part.replace(final)
@@ -64,13 +64,13 @@ def _steps(out: Path) -> list[int]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        manifest = json.loads((path / MANIFEST).read_bytes())
     except FileNotFoundError:
-        raise RunError(f"{path}: has no {_MANIFEST}, so `osdn train` did not write it; move it away") from None
+        raise RunError(f"{path}: has no {MANIFEST}, so `osdn train` did not write it; move it away") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror})") from error
     if not isinstance(manifest, dict) or manifest.keys() != {"stamp", "files"}:
-        raise ValueError(f"its {_MANIFEST} is damaged")
+        raise ValueError(f"its {MANIFEST} is damaged")
     return manifest
 
 

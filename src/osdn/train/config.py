@@ -110,16 +110,20 @@ class TrainConfig:
             for name in names:
                 if not (value := getattr(self, name)) >= least:
                     raise ValueError(f"{name}: got {value}, takes a number >= {least}")
-        for name in ("weight_decay", "eps"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name}: got {value}, takes a finite number >= 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: got {self.weight_decay}, takes a finite number >= 0")
+        if not 1e-37 <= self.eps < math.inf:  # AdamW would divide 0 by 0 where there is no gradient
+            raise ValueError(f"eps: got {self.eps}, takes a finite number >= 1e-37, which float32 tells from 0")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: got {self.seed}, takes a number < 2^32")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: got {self.lr}, takes a finite float > 0")
         if not self.clip > 0:
             raise ValueError(f"clip: got {self.clip}, takes a float > 0")
-        for name, value in (("min_lr", self.min_lr), *(("betas", beta) for beta in self.betas)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: got {value}, takes a number in [0, 1]")
+        if not 0 <= self.min_lr <= 1:
+            raise ValueError(f"min_lr: got {self.min_lr}, takes a number in [0, 1]")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {self.betas}, takes numbers in [0, 1)")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out: got {self.held_out}, takes a share in [0, 1)")
         if self.batch_size % self.streams:

@@ -31,7 +31,7 @@ from osdn.models import OSDNConfig, OSDNForCausalLM
 from osdn.runs import RunError, fingerprint
 from osdn.runs.provenance import provenance
 from osdn.runs.store import claim, read_json, write_json
-from osdn.train.checkpoint import latest, seal
+from osdn.train.checkpoint import MANIFEST, latest, seal
 from osdn.train.config import TrainConfig
 from osdn.train.progress import ShowProgress
 from osdn.train.sharded import load_sharded
@@ -60,6 +60,7 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     arguments = _arguments(config, out, accumulation)
 
     def start() -> tuple[dict[str, Any] | None, Path | None]:
+        _refuse_what_would_be_replaced(out)
         held.enter_context(claim(out, identity, say))
         results = read_json(out / "results.json", {"stamp"}, say)
         return results, None if results else latest(out, stamp, say)
@@ -156,6 +157,14 @@ class Task:
                     raise ValueError(f"eval_data: got {less}; takes more text")
                 raise ValueError(f"held_out: got {share}, which leaves out {less}; takes more of data, or 0 for none")
         return cls(tokenizer, model_config, documents, held_out)
+
+
+def _refuse_what_would_be_replaced(out: Path) -> None:
+    """Raises ValueError for directories of these names that no run has written."""
+    for name in ("model", "model.part", "checkpoint.part"):
+        known = (out / "config.json").exists() or (out / name / MANIFEST).exists()
+        if (out / name).exists() and not known:
+            raise ValueError(f"out: got {out}, whose {name} is not of `osdn train`; takes a new path")
 
 
 def _require_documents(documents: Documents, config: TrainConfig) -> None:
