@@ -61,7 +61,7 @@ def test_where_and_how_often_is_not_identity(tmp_path):
         ({"lr": float("inf")}, "lr: got inf, takes a finite float > 0"),
         ({"weight_decay": float("inf")}, "weight_decay: got inf, takes a finite number >= 0"),
         ({"min_lr": 1.5}, r"min_lr: got 1.5, takes a number in \[0, 1\]"),
-        ({"betas": (0.9, 2.0)}, r"betas: got 2.0, takes a number in \[0, 1\]"),
+        ({"betas": (0.9, 2.0)}, r"betas: got \(0.9, 2.0\), takes numbers in \[0, 1\)"),
         ({"held_out": 1.0}, r"held_out: got 1.0, takes a share in \[0, 1\)"),
         ({"streams": 3}, "streams: got 3, takes a divisor of batch_size, 16"),
     ],
