@@ -262,7 +262,7 @@ def test_forward_mode_is_refused_where_it_would_be_silently_zero():
 
 @pytest.mark.parametrize(
     ("gpu", "version", "taken"),
-    [("sm_90", "3.9", True), ("sm_90", "3.6", False), ("sm_80", "3.9", False), ("sm_90", "3.7", False)],
+    [("sm_90", "3.9", True), ("sm_90", "3.6", True), ("sm_80", "3.9", False), ("sm_90", "3.7", False)],
 )
 def test_auto_takes_kernels_only_where_their_tests_were_seen_to_pass(gpu, version, taken, monkeypatch):
     monkeypatch.setattr(dispatch, "_gpu", lambda _: gpu)

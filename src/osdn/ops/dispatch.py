@@ -23,7 +23,7 @@ from osdn.ops.options import Backend
 
 log = logging.getLogger("osdn")
 _announced: set[str] = set()
-SEEN_TO_PASS = {"sm_90, Triton 3.9"}
+SEEN_TO_PASS = {"sm_90, Triton 3.6", "sm_90, Triton 3.9"}
 """Where "auto" takes the kernels: GPU and Triton of a run of `make gpu-test` that docs/log.md records."""
 try:
     _INSTALLED = importlib.util.find_spec("triton") is not None
