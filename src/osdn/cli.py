@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -107,7 +108,8 @@ SUBCOMMANDS: dict[str, Callable[..., Command]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 nobody reads on, 2 a request that cannot be met (one line on stderr), 130 interrupted."""
+    """Exit status: 0 done, 1 nobody reads on or no space is left, 2 a request that cannot be met (one line on stderr),
+    130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
         print(f"osdn {version('osdn')}")
@@ -125,12 +127,17 @@ def main(arguments: list[str] | None = None) -> int:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         command.run()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         hint = "; the same command goes on from the last checkpoints" if getattr(command, "goes_on", False) else ""
         print(f"osdn: interrupted{hint}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads has had enough, as `head`; nothing is left to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
+        if error.errno != errno.EPIPE:  # who reads has had enough, as `head`
+            print(f"osdn: {error.strerror}", file=sys.stderr)
         return 1
     except (ValueError, RunError) as error:
         print(f"osdn: {error}", file=sys.stderr)

@@ -32,7 +32,8 @@ def test_formats_directories_and_globs(three):
     assert texts([three / "*"]) == everything
     assert texts([three / "c.parquet", three / "*.txt"]) == ["one\ntwö", "five", "six"]
     (three / "b.jsonl").write_text('{"body": "three"}\n')
-    assert texts([three / "b.jsonl"], text_field="body") == ["three"]
+    (three / "b.jsonl").rename(three / "b.JSONL")
+    assert texts([three / "b.JSONL"], text_field="body") == ["three"]
 
 
 def test_names_and_sizes_not_places(three, tmp_path_factory):

@@ -5,10 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from osdn.data.tokenizer import byte_tokenizer, checkpoint_tokenizer, encode, load_tokenizer
+from osdn.data.tokenizer import byte_tokenizer, checkpoint_tokenizer, digest, encode, load_tokenizer
+from osdn.generate.text import Codec
 
 BYTES = byte_tokenizer()
 
@@ -51,6 +54,41 @@ def test_no_text_is_taken_for_the_end_of_a_document(saved, text):
 def words(**special):
     model = WordLevel({"a": 0, "?": 1, "end": 300}, unk_token="?")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="?", **special)
+
+
+def closed(opens, closes):
+    """Every text between special tokens, as by a tokenizer of Llama's or BERT's."""
+    tokenizer = words(eos_token="end")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{opens} $A {closes}".strip(), special_tokens=[("?", 1), ("end", 300)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["", "?-", "-end", "? ?-end", "end-", "-?"])
+def test_documents_and_prompts_begin_alike(template):
+    opens, _, closes = template.partition("-")
+    tokenizer = closed(opens, closes)
+    before = [{"?": 1, "end": 300}[name] for name in opens.split()]
+    assert encode(tokenizer, "a") == [*before, 0, 300]
+    assert encode(tokenizer, "end") == [*before, 300, 300]
+    assert Codec(tokenizer).encode("a") == [*before, 0]
+
+
+def test_the_digest_knows_how_texts_are_split(saved):
+    assert {digest(tokenizer) for tokenizer in (BYTES, *saved)} == {digest(BYTES)}
+    lowered, opened = (PreTrainedTokenizerFast(tokenizer_object=bpe(2)) for _ in range(2))
+    lowered.backend_tokenizer.normalizer = Lowercase()
+    opened.backend_tokenizer.post_processor = TemplateProcessing(single="e $A", special_tokens=[("e", 1)])
+    merged = PreTrainedTokenizerFast(tokenizer_object=bpe(1))  # the same tokens, one of them never made
+    plain = PreTrainedTokenizerFast(tokenizer_object=bpe(2), padding_side="left", model_max_length=7)
+    assert digest(plain) == digest(PreTrainedTokenizerFast(tokenizer_object=bpe(2)))
+    assert len({digest(x) for x in (plain, lowered, merged, opened)}) == 4
+
+
+def bpe(merges):
+    vocab = {letter: i for i, letter in enumerate("aeThFoxdn")}
+    return Tokenizer(BPE(vocab | {"Th": 20, "Fo": 21}, [("T", "h"), ("F", "o")][:merges]))
 
 
 def test_a_document_without_an_end():

@@ -82,7 +82,7 @@ def test_a_cache_that_restarts_is_refused(save):
     model = Checkpoint.open(save()).load("cpu", "auto")
 
     class Restarts(type(model)):
-        def forward(self, *args, past_key_values=None, **kwargs):  # noqa: ARG002
+        def forward(self, *args, cache=None, past_key_values=None, **kwargs):  # noqa: ARG002
             return super().forward(*args, **kwargs)
 
     model.__class__ = Restarts

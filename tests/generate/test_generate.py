@@ -2,10 +2,12 @@
 
 import gc
 import io
+import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from osdn.data.tokenizer import byte_tokenizer, checkpoint_tokenizer
 from osdn.generate import Generate
 from osdn.generate.text import Codec, TextStream, continue_texts, prefill, prompt_text
 from osdn.models.checkpoint import load_model
+from osdn.models.configuration import CACHE
 
 BYTES = Codec(byte_tokenizer())
 
@@ -194,7 +197,7 @@ def test_a_tokenizer_of_its_own(tmp_path, checkpoint, capsys):
     special = {"eos_token": "w200"}
     words_tokenizer([f"w{i}" for i in range(255)], **special).save_pretrained(path)
     codec = Codec(checkpoint_tokenizer(path, 256))
-    assert codec.encode("w1 w2 w200") == [2, 3]  # a closing token would end the text that is to go on
+    assert codec.encode("w1 w200 w2") == [2, 201, 3]  # special tokens in a prompt are read as such
     assert main(["generate", str(path), "--prompt", "w1 w2", "--max-new-tokens", "30"]) == 0
     with torch.no_grad():
         tokens = model.generate(torch.tensor([[2, 3]]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0, 2:]
@@ -255,6 +258,17 @@ def test_a_reader_that_has_had_enough(checkpoint):
         assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 1)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_a_full_disk(checkpoint):
+    _, path = checkpoint
+    command = [sys.executable, "-m", "osdn.cli", "generate", str(path), "--max-new-tokens", "2", "--prompt"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for prompts in (["a"], ["a", "b"]):  # printed as it grows, and at the end
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run([*command, *prompts], stdout=full, stderr=subprocess.PIPE, env=buffered)
+        assert (done.stderr, done.returncode) == (b"osdn: No space left on device\n", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -271,6 +285,8 @@ def test_a_reader_that_has_had_enough(checkpoint):
             ["--prompt", "a", "--samples", "2"],
             "samples: got 2 at temperature 0, takes 1, or a temperature > 0, or beams",
         ),
+        (["--prompt", "a", "--top-k", "3"], "top_k: got 3 at temperature 0, takes 0, or a temperature > 0"),
+        (["--prompt", "a", "--top-p", ".5"], "top_p: got 0.5 at temperature 0, takes 1, or a temperature > 0"),
     ],
 )
 def test_a_bad_request_is_one_line(arguments, message, checkpoint, capsys):
@@ -338,7 +354,7 @@ def test_a_hybrid_generates_too(tmp_path):
     mask = torch.tensor([[0] * 13 + [1] * 2, [1] * 15])
     with torch.no_grad():
         cache = prefill(loaded, x[:, :-1], mask[:, :-1])
-        last = {"attention_mask": mask, "position_ids": torch.tensor([[1], [14]]), "past_key_values": cache}
+        last = {"attention_mask": mask, "position_ids": torch.tensor([[1], [14]]), CACHE: cache}
         batch = loaded(x[:, -1:], **last).logits[:, 0]
         alone = torch.stack([model(torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
     assert (batch - alone).abs().max() < 1e-4 * alone.abs().max()  # float32

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from osdn.models import OSDNCache
-from osdn.models.configuration import MIXERS
+from osdn.models.configuration import CACHE, MIXERS
 from osdn.ops.step import online_scaled_delta_step
 
 NAMES = ["deltanet", "apf", "osdn", "os-gdn", "os-kda"]
@@ -176,7 +176,7 @@ def test_beams_from_a_restored_prefix(name, make_model, tokens):
     kwargs = {"num_beams": 4, "max_new_tokens": 6, "do_sample": False}
     for _ in range(2):
         cache.restore(snapshot, copies=4)
-        out = model.generate(tokens, past_key_values=cache, **kwargs)
+        out = model.generate(tokens, **{CACHE: cache}, **kwargs)
         assert torch.equal(out, model.generate(tokens, use_cache=False, **kwargs))
 
 
@@ -252,19 +252,33 @@ def test_beams_and_samples_are_those_without_a_cache(name, padded, make_model, t
 def test_generation_continues_from_a_cache(make_model, tokens):
     model, cache = make_model(), OSDNCache(make_model().config)
     expected = greedy_without_cache(model, tokens, 9)
-    first = model.generate(tokens, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    first = model.generate(tokens, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
     assert cache.get_seq_length() == 16
-    assert torch.equal(model.generate(first, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(model.generate(first, **{CACHE: cache}, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_a_cache_has_two_names(make_model, tokens):
+    """transformers' before 5.24 and since; with the installed one, either way and in outputs."""
+    model = make_model()
+    with torch.no_grad():
+        cache, kept = (model(tokens[:, :6], use_cache=True).past_key_values for _ in range(2))
+    old, new = model(tokens[:, 6:], past_key_values=cache), model(tokens[:, 6:], cache=kept)
+    assert torch.equal(new.logits, old.logits)
+    assert (old[CACHE], new[CACHE]) == (cache, kept)
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=r"^past_key_values, cache: got both, takes one of the two$"):
+            part(tokens, past_key_values=cache, cache=kept)
+    assert not any(cache.is_linear)  # or `generate` reads from the beginning on again
 
 
 def test_generation_fills_the_caller_s_own_cache(make_model, tokens):
     model = make_model()
     expected = greedy_without_cache(model, tokens, 4)
     for cache in caches(model.config):
-        assert torch.equal(model.generate(tokens, past_key_values=cache, max_new_tokens=4, do_sample=False), expected)
+        assert torch.equal(model.generate(tokens, **{CACHE: cache}, max_new_tokens=4, do_sample=False), expected)
         assert cache.has_previous_state(0, 0)
-    with pytest.raises(ValueError, match=r"past_key_values: got a filled StaticCache, whose length is unknown"):
-        model.generate(expected, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match=rf"{CACHE}: got a filled StaticCache, whose length is unknown"):
+        model.generate(expected, **{CACHE: cache}, max_new_tokens=2)
 
 
 def test_generation_from_embeddings(make_model, tokens):

@@ -387,6 +387,10 @@ def test_refused_packing(make_model, tokens):
     mask[0, 0] = 0
     with pytest.raises(ValueError, match=r"attention_mask: got zeros beside cu_seq_lens_q"):
         model(row, cu_seq_lens_q=cu, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"position_ids: got a sequence that begins where none of cu_seq_lens_q does"):
+        model(row, cu_seq_lens_q=cu[[0, 2]], position_ids=restart)
+    for known in (restart, torch.arange(13)[None]):  # positions of a whole that is cut up
+        assert torch.equal(model(row, cu_seq_lens_q=cu, position_ids=known)[0], model(row, cu_seq_lens_q=cu)[0])
     cache = model(row, use_cache=True).past_key_values
     for kwargs in ({"cu_seq_lens_q": cu}, {"position_ids": restart}):
         with pytest.raises(ValueError, match=r"past_key_values: got a cache, takes None with packed sequences"):

@@ -40,15 +40,16 @@ def test_recipes_are_named_and_described(name):
 )
 def test_what_decides_the_result_is_identity(field, value):
     config = tiny_text_cpu()
-    other = fingerprint(replace(config, **{field: value}).identity("data"))
-    assert other != fingerprint(config.identity("data"))
-    assert fingerprint(config.identity("other data")) != fingerprint(config.identity("data"))
+    other = fingerprint(replace(config, **{field: value}).identity("data", "tokens"))
+    assert other != fingerprint(config.identity("data", "tokens"))
+    for digests in (("other data", "tokens"), ("data", "other tokens")):
+        assert fingerprint(config.identity(*digests)) != fingerprint(config.identity("data", "tokens"))
 
 
 def test_where_and_how_often_is_not_identity(tmp_path):
     config = tiny_text_cpu()
     elsewhere = replace(config, out=tmp_path, save_every=7, micro_batch=4, log_every=1, prefetch=True, data=("x",))
-    assert elsewhere.identity("data") == config.identity("data")
+    assert elsewhere.identity("data", "tokens") == config.identity("data", "tokens")
 
 
 @pytest.mark.parametrize(

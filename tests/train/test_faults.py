@@ -87,7 +87,7 @@ def test_from_each_checkpoint(toy, console, said, uninterrupted, step):
     assert f"going on from checkpoint-{step}" in said()
     same(again, uninterrupted)
     assert steps_kept(other.out) == ([6] if step < 6 else [2, 4, 6])
-    assert config.identity("x") == other.identity("x")
+    assert config.identity("x", "y") == other.identity("x", "y")
 
 
 @pytest.mark.parametrize("step", [2, 4])

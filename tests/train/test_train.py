@@ -1,6 +1,8 @@
 import json
 import math
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import osdn
 from osdn.cli import main
 from osdn.data.packed import PackedRows
 from osdn.nn.decay import decayed_names, parameter_groups
+from osdn.runs import RunError
 from osdn.train import train
 from osdn.train.run import Task
 from osdn.train.trainer import OSDNTrainer, SkipNonFinite
@@ -62,7 +65,37 @@ def test_a_finished_run_is_not_repeated(toy, console, said, monkeypatch):
     results = train(config, console=console)
     monkeypatch.setattr(OSDNTrainer, "train", None)
     assert train(config, console=console) == results
-    assert "finished before" in said()
+    assert "finished before; results.json tells all" in said()
+    assert train(replace(config, eval_sequences=7), console=console) == results
+    assert "is not done anew with other options (eval_sequences: 64 there, 7 here); results" in said()
+
+    (config.out / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"a run of another config \(seed: 0 there, 5 here\)"):
+        train(replace(config, seed=5), console=console)
+    (config.out / "config.json").unlink()
+    assert train(config, console=console) == results
+
+
+def test_a_finished_run_whose_model_is_gone_says_so(toy, console):
+    config = toy(steps=2)
+    train(config, console=console)
+    model = config.out / "model"
+    before = load_file(model / "model.safetensors")
+    with (model / "config.json").open("a") as file:
+        file.write("\n")  # as someone may have edited it
+    train(config, console=console)
+    content = (model / "model.safetensors").read_bytes()
+    again = "move results.json away, and the same command writes it anew"
+    for name, wrong in (("model.safetensors", content[:-1]), ("tokenizer.json", None), ("manifest.json", None)):
+        (model / name).unlink()
+        if wrong is not None:
+            (model / name).write_bytes(wrong)
+        lacks = f"of its model {name} is {'damaged' if wrong else 'missing'}; {again}"
+        with pytest.raises(RunError, match=re.escape(f"{config.out}: finished before, but {lacks}")):
+            train(config, console=console)
+        (config.out / "results.json").unlink()
+        train(config, console=console)
+        assert all(torch.equal(p, before[key]) for key, p in load_file(model / "model.safetensors").items())
 
 
 def test_in_a_terminal(toy, capsys):
@@ -238,6 +271,14 @@ def test_falls_below_the_unigrams_of_real_text(toy, console):
         (
             "--held-out 0.1 --context 9999999",
             "held_out: got 0.1, which leaves out less than a row of 9999999 tokens; takes more of data, or 0",
+        ),
+        (
+            "--data 0.txt --streams 1 --held-out 0 --subset x",
+            "subset: got 'x' beside files, takes it beside the name of a dataset",
+        ),
+        (
+            "--data 0.txt --streams 1 --held-out 0 --split x",
+            "split: got 'x' beside files, takes it beside the name of a dataset alone",
         ),
         ("--steps 0", "steps: got 0, takes a number >= 1"),
         ("--eps 0", "eps: got 0.0, takes a finite number >= 1e-37"),

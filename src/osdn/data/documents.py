@@ -79,11 +79,11 @@ def read_documents(argument: str, files: Iterable[Path], text_field: str) -> Ite
     fault."""
     readers: dict[str, Callable[[Path, str], Iterator[str]]] = {".jsonl": _jsonl, ".parquet": _parquet}
     for path in files:
-        if path.suffix not in readers:
+        if (suffix := path.suffix.lower()) not in readers:
             yield read_text(argument, path)
             continue
         try:
-            yield from readers[path.suffix](path, text_field)
+            yield from readers[suffix](path, text_field)
         except (OSError, ValueError) as error:
             raise ValueError(f"{argument}: got {path}{error}") from None
 

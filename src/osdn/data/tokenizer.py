@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from osdn.data.text import VOCAB_SIZE
 from osdn.runs import first_line
 
+_SAMPLE = "The  Fox's\t1,234.50 €\r\n\n naïve ÉTÉ ﬁ 你好 🙂 e\u0301 \\x41: f(x**2) != _y2; <s>don't</s>\n    return "
 _FILES = ("tokenizer*", "vocab.json", "vocab.txt", "spiece.model")  # also those of slow tokenizers
 
 
@@ -75,12 +79,27 @@ def checkpoint_tokenizer(checkpoint: Path, vocab_size: int) -> PreTrainedTokeniz
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a document, closed by the end-of-text token where there is one.
-
-    No other special tokens are added, and what looks like one in the text is text.
+    """Tokens of a document: behind what the tokenizer puts before every text, if anything, and closed by the
+    end-of-text token where there is one. What looks like a special token in the text is text.
     """
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*opening(tokenizer), *ids, *closing]
+
+
+@lru_cache(1)
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text: often nothing, or a begin-of-text token."""
+    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+
+def digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short hash of what texts become: of the vocabulary and of a sample text's tokens, special ones included."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    words = " ".join(name for name, _ in vocabulary[:: max(1, len(vocabulary) // 1000)])
+    splits = encode(tokenizer, f"{_SAMPLE}{words}")
+    return hashlib.sha256(json.dumps([vocabulary, splits]).encode()).hexdigest()[:12]
 
 
 def _read(problem: Callable[[str], str], name: str | Path, **options: Any) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from osdn.diagnostics.residual import evaluating, observed, ratio, reach
+from osdn.models.configuration import cache_name
 from osdn.nn import Writes
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -35,8 +36,8 @@ def diagnose(
     """Measure every `osdn.nn.DeltaMixer` layer of `model` on each task.
 
     tasks: name -> `[n, T]` token ids. chunk_size: tokens that the model sees at once; batch_size: sequences at once.
-    model: takes `input_ids`, `past_key_values` and `use_cache`, and returns `past_key_values`, as all of transformers'
-        do. progress: called after each chunk.
+    model: takes `input_ids`, `use_cache` and a cache, and returns the cache, as all of transformers' do (by the name
+        `past_key_values`, from 5.24 on `cache`). progress: called after each chunk.
 
     Returns plain JSON: {"levels", "tasks": {name: {"sequences", "tokens", "layers": [layer, ..]}}}, where a layer is
     {"name", "rule", "all": means, "heads": [means, ..], "positions": [means | {"quantiles": {..}}, ..]} and means are
@@ -86,7 +87,7 @@ def _check(model: nn.Module, tasks: Mapping[str, Tensor]) -> None:
 def _stream(model: nn.Module, rows: Tensor, size: int, layers: list[_Layer], progress: Progress) -> None:
     T, backbone = rows.shape[1], getattr(model, "base_model", model)  # no logits are needed
     device = next(model.parameters()).device
-    cache, start = None, 0
+    name, cache, start = cache_name(backbone), None, 0
 
     def record(i: int, writes: Writes) -> None:
         C = writes.k.shape[1]
@@ -94,7 +95,7 @@ def _stream(model: nn.Module, rows: Tensor, size: int, layers: list[_Layer], pro
 
     with evaluating(model), observed(model, record):
         for chunk in rows.to(device).split(size, dim=1):
-            cache = backbone(input_ids=chunk, past_key_values=cache, use_cache=True).past_key_values
+            cache = getattr(backbone(input_ids=chunk, use_cache=True, **{name: cache}), name)
             start += chunk.shape[1]
             progress()
 

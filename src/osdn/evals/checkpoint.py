@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from osdn.data.tokenizer import checkpoint_tokenizer
+from osdn.data.tokenizer import checkpoint_tokenizer, digest
 from osdn.models.checkpoint import load_model, read_config
 from osdn.runs import first_line
 
@@ -42,11 +42,11 @@ class Checkpoint:
         except Exception as error:  # whatever a foreign or damaged config leads it to
             raise ValueError(f"checkpoint: got {path}, whose config cannot be used ({first_line(error)})") from error
         fields.pop("auto_map", None)  # says where the code is, not what the model is
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        content = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
         for file in weights:
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-        return cls(path, config, checkpoint_tokenizer(path, config.get_text_config().vocab_size), digest.hexdigest())
+            with file.open("rb") as opened:
+                content.update(hashlib.file_digest(opened, "sha256").digest())
+        return cls(path, config, checkpoint_tokenizer(path, config.get_text_config().vocab_size), content.hexdigest())
 
     @property
     def name(self) -> str:
@@ -58,9 +58,8 @@ class Checkpoint:
 
     @property
     def tokens(self) -> str:
-        """Which tokens lengths are counted in, and losses are averaged over: a short hash of the vocabulary."""
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
+        """Which tokens lengths are counted in, and losses are averaged over: see `osdn.data.tokenizer.digest`."""
+        return digest(self.tokenizer)
 
     @property
     def context(self) -> int | None:

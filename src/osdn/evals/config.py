@@ -10,6 +10,12 @@ import tyro
 
 RECALL = ("fda", "fda_twice", "swde", "swde_twice", "squad", "squad_twice")
 TASKS = ("perplexity", "mqar", *RECALL)
+_OPTIONS = {
+    ("text", "text_field", "held_out", "block_size", "bucket_size", "segment_size"): ("perplexity",),
+    ("cloze", "window"): RECALL,
+    ("pairs", "seq_len", "passes", "vocab_size", "seed"): ("mqar",),
+    ("limit", "batch_size", "device", "dtype"): TASKS,
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,11 @@ class Evaluation:
             raise ValueError(f"checkpoint: got {self.checkpoint or 'none'}, takes {wanted}")
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise ValueError(f"tasks: got {unknown[0]!r}, takes names among {', '.join(TASKS)}")
-        if len(set(self.tasks)) < len(self.tasks) or len(set(self.pairs)) < len(self.pairs) or not self.pairs:
-            raise ValueError("tasks, pairs: takes one or more different ones")
+        for name in ("tasks", "pairs"):
+            if len(set(value := getattr(self, name))) < len(value):
+                raise ValueError(f"{name}: got {' '.join(map(str, value))}, takes different ones")
+        if not self.pairs:
+            raise ValueError("pairs: got none, takes one or more")
         for name in ("block_size", "bucket_size", "segment_size", "seq_len", "passes", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: got {value}, takes an int >= 1")
@@ -93,11 +102,14 @@ class Evaluation:
             raise ValueError(f"held_out: got {self.held_out}, takes a share in (0, 1]")
         if not self.bucket_size <= self.block_size:
             raise ValueError(f"bucket_size: got {self.bucket_size}, takes at most block_size = {self.block_size}")
-        if ("perplexity" in self.tasks) != bool(self.text):
-            got = "none" if not self.text else "files without the task perplexity"
-            raise ValueError(f"text: got {got}, takes files to compute the perplexity of")
-        if self.cloze is not None and not set(self.tasks) & set(RECALL):
-            raise ValueError(f"cloze: got {self.cloze}, takes one beside tasks among {', '.join(RECALL)}")
+        if "perplexity" in self.tasks and not self.text:
+            raise ValueError("text: got none, takes files to compute the perplexity of")
+        if self.out is not None and (self.harness or self.export_auto_map):
+            raise ValueError(f"out: got {self.out}, takes none beside harness and export_auto_map")
+        for names, tasks in _OPTIONS.items():
+            idle = [name for name in names if getattr(self, name) != getattr(Evaluation, name)]
+            if idle and not set(tasks) & set(self.tasks):
+                raise ValueError(f"{idle[0]}: got {getattr(self, idle[0])}, takes a task beside it: {', '.join(tasks)}")
 
     @property
     def goes_on(self) -> bool:

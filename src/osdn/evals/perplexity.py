@@ -16,6 +16,7 @@ from osdn.data.tokenizer import encode
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.documents import read_texts
 from osdn.evals.results import Metric, Record, ratio
+from osdn.models.configuration import cache_name
 
 
 class Perplexity:
@@ -60,7 +61,7 @@ class Perplexity:
             "block_size": block_size,
             "bucket_size": bucket_size,
             "limit": limit,
-            "vocabulary": checkpoint.tokens,
+            "tokenizer": checkpoint.tokens,
             "documents": "concatenated" + ("" if tokenizer.eos_token_id is None else ", end of text behind each"),
         }
         self.cut = {"tokens_behind_the_last_block": len(tokens) - used * block_size}
@@ -119,13 +120,13 @@ def token_losses(model: Any, ids: Tensor, segment_size: int) -> Tensor:
     losses, cache = list[Tensor](), None
     for start in range(0, T, segment_size):
         out = _forward(model, ids[:, start : start + segment_size].to(device), cache)
-        cache = out.get("past_key_values")
+        cache = out.get(cache_name(model))
         losses.append(_losses(out.logits, ids[:, start + 1 : start + segment_size + 1].to(device)))
     return torch.cat(losses, 1).double().cpu()
 
 
 def _forward(model: Any, ids: Tensor, cache: Any) -> Any:
-    carried = {} if cache is None else {"past_key_values": cache}
+    carried = {} if cache is None else {cache_name(model): cache}
     return model(input_ids=ids, use_cache=True, **carried)
 
 
@@ -137,7 +138,7 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 def _check_carried_state(model: Any, ids: Tensor) -> None:
     ids, half = ids.to(model.device), ids.shape[1] // 2
     whole = model(input_ids=ids, use_cache=False).logits
-    cache = _forward(model, ids[:, :half], None).get("past_key_values")
+    cache = _forward(model, ids[:, :half], None).get(cache_name(model))
     second = _forward(model, ids[:, half:], cache).logits
     targets = ids[:, half + 1 :]
     off = float((_losses(second, targets) - _losses(whole[:, half:], targets)).abs().mean())

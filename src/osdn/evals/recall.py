@@ -79,7 +79,7 @@ class Cloze:
             "new_tokens": NEW_TOKENS,
             "stop": "\n",
             "limit": limit,
-            "vocabulary": checkpoint.tokens,
+            "tokenizer": checkpoint.tokens,
         }
 
     def __len__(self) -> int:

@@ -47,6 +47,9 @@ class Generate:
             raise ValueError(f"top_p: got {self.top_p}, takes a number in (0, 1]")
         if self.samples > 1 and self.temperature == 0 and self.samples > self.beams:
             raise ValueError(f"samples: got {self.samples} at temperature 0, takes 1, or a temperature > 0, or beams")
+        for name, all_tokens in (("top_k", 0), ("top_p", 1)):
+            if (value := getattr(self, name)) != all_tokens and self.temperature == 0:
+                raise ValueError(f"{name}: got {value} at temperature 0, takes {all_tokens}, or a temperature > 0")
         if self.prompt and self.file is not None:
             raise ValueError("prompt, file: got both, takes one of the two")
 

@@ -15,8 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from osdn.data.documents import check_characters
 from osdn.data.text import read_text
+from osdn.data.tokenizer import opening
 from osdn.generate import Generate
-from osdn.models.configuration import OSDNConfig
+from osdn.models.configuration import CACHE, OSDNConfig
 from osdn.models.modeling import OSDNCache
 
 _PREFILL = 1024  # tokens at a time, so that memory does not grow with the prompt
@@ -39,11 +40,11 @@ class Codec:
     tokenizer: PreTrainedTokenizerBase
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text that is to go on. ValueError where there are none, and for what is no Unicode text."""
+        """Tokens of a text that is to go on: as documents begin, special tokens in it read as such, and without what
+        some tokenizers put behind every text. ValueError where there are none, and for what is no Unicode text."""
         check_characters(text, "prompt")
-        tokens: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        if tokens and tokens[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
-            tokens = tokens[:-1]
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = [*opening(self.tokenizer), *ids]
         if not tokens:
             raise ValueError("prompt: got an empty text, takes at least one token")
         return tokens
@@ -120,13 +121,13 @@ def continue_texts(
     sequences = model.generate(
         tokens,
         attention_mask=mask,
-        past_key_values=cache,
         max_new_tokens=options.max_new_tokens,
         num_return_sequences=options.samples,
         num_beams=options.beams,
         do_sample=options.temperature > 0,
         pad_token_id=end[0] if isinstance(end, list) else end or 0,
         streamer=None if write is None else TextStream(codec, write),
+        **{CACHE: cache},
         **drawn if options.temperature > 0 else {},
     )
     return [codec.decode(row) for row in sequences[:, T:].tolist()]
@@ -143,8 +144,8 @@ def prefill(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Cache:
             tokens[:, part],
             attention_mask=mask[:, : part.stop],
             position_ids=positions[:, part],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         )
     return cache

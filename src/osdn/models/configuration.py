@@ -1,17 +1,29 @@
 """One configuration for every variant: the mixer is a matter of fields, a preset is a mixer and a size."""
 
 # No `from __future__ import annotations`: @strict reads the types of the fields.
+import inspect
 import math
 from dataclasses import field, fields
 from typing import Any, ClassVar, Self, get_args
 
 import torch
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from osdn.nn.layer import OutputGate, StateDecay, head_shape
 from osdn.nn.options import PreconditionerOptions
 from osdn.ops.options import check_positive, check_size, refuse
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What the installed transformers calls a cache, in `forward`, `generate` and outputs: "cache" from 5.24 on."""
+
+
+def cache_name(model: nn.Module) -> str:
+    """What `model.forward` calls a cache, and its output: models from elsewhere may not know CACHE yet."""
+    return CACHE if CACHE in inspect.signature(model.forward).parameters else "past_key_values"
+
 
 _PAPER_BOX = {"feedback": "beta_aware", "eta": 0.003, "d_min": 2 / 3, "d_max": 3 / 2, "forget": "none"}
 _BOX = {"feedback": "beta_aware", "d_max": 2.0, "forget": "none"}
@@ -75,7 +87,7 @@ class OSDNConfig(PreTrainedConfig):
     """
 
     model_type = "osdn"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
         "layers.*": "free_full_weight",

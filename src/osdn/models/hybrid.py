@@ -17,10 +17,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from osdn.models.configuration import OSDNConfig
+from osdn.models.configuration import CACHE, OSDNConfig
 from osdn.nn.layer import DeltaMixer, OnlineScaledDeltaNet, Projections, is_preconditioner_parameter
 from osdn.nn.options import PreconditionerOptions
-from osdn.nn.packing import Packing, check_ids, find_packing
+from osdn.nn.packing import Packing, check_agreement, check_ids, find_packing
 from osdn.ops.options import refuse, work_dtype
 
 Train = Literal["all", "preconditioner"]
@@ -64,21 +64,23 @@ class PreconditionedHost(DeltaMixer):
     def forward(  # type: ignore[override]  # the host's signature
         self,
         hidden_states: Tensor,
-        cache_params: Any | None = None,
+        cache: Any | None = None,
         attention_mask: Tensor | None = None,
+        cache_params: Any | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As `osdn.OnlineScaledDeltaNet.forward`, called as the host was; of kwargs, `cu_seq_lens_q` counts, and what
-        `_pass_packing` puts there."""
+        """As `osdn.OnlineScaledDeltaNet.forward`, called as the host was, before transformers 5.24 with `cache_params`
+        for `cache`; of kwargs, `cu_seq_lens_q` counts, and what `_pass_packing` puts there."""
+        cache = cache_params if cache is None else cache
         cu_seqlens, packing = kwargs.get("cu_seq_lens_q"), kwargs.get(PACKING)
         packed = cu_seqlens is not None or packing is not None
         if not packed and kwargs.get("seq_idx") is not None:
             refuse("seq_idx", "a tensor", "None, or cu_seq_lens_q or position_ids beside it")
-        if packed and cache_params is not None:
-            refuse("past_key_values", "a cache", "None with packed sequences: pass use_cache=False")
+        if packed and cache is not None:
+            refuse(CACHE, "a cache", "None with packed sequences: pass use_cache=False")
         if packing is not None:
             return self._mix_packed(hidden_states, None, packing.to(hidden_states.device))
-        return super().forward(hidden_states, attention_mask, cache_params, cu_seqlens)
+        return super().forward(hidden_states, attention_mask, cache, cu_seqlens)
 
 
 def _pass_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
@@ -89,7 +91,7 @@ def _pass_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     by_offsets, by_positions = given.get("cu_seq_lens_q") is not None, isinstance(given.get("position_ids"), Tensor)
     if not by_offsets and not by_positions:
         return None
-    packing = None if by_offsets else _packing(given)
+    packing = _packing(given)
     if by_positions:
         given["seq_idx"] = None  # says the same
     if by_offsets or packing is not None:
@@ -98,18 +100,22 @@ def _pass_packing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _packing(given: dict[str, Any]) -> Packing | None:
-    positions, mask = given["position_ids"], given.get("attention_mask")
+    """What `position_ids` alone say; beside `cu_seq_lens_q`, which then counts, they are only looked at."""
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
     x = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
-    if positions.ndim == 3:  # for images: of text and three axes, or of axes
+    if isinstance(positions, Tensor) and positions.ndim == 3:  # for images: of text and three axes, or of axes
         positions = positions[0] if len(positions) == 4 else None
-    if x is None or positions is None or x.shape[1] == 1:  # decoding is not to wait for the device
+    if x is None or not isinstance(positions, Tensor) or x.shape[1] == 1:  # decoding is not to wait for the device
         return None
     B, T = x.shape[:2]
     check_ids("position_ids", positions, B, T)
+    if given.get("cu_seq_lens_q") is not None:
+        check_agreement(given["cu_seq_lens_q"], positions[:1])
+        return None
     padding = mask.get("linear_attention") if isinstance(mask, dict) else mask
     if not isinstance(padding, Tensor) or padding.ndim != 2:
         padding = None
-    if padding is None and given.get("past_key_values") is None:
+    if padding is None and given.get("past_key_values") is None and given.get("cache") is None:
         runs = F.pad((positions.diff(dim=-1) != 1).cumsum(-1), (1, 0))  # as transformers counts them
         return find_packing(B, T, seq_idx=runs)
     packing = find_packing(B, T, padding, positions)

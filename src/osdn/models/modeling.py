@@ -19,10 +19,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from osdn.models.configuration import OSDNConfig
+from osdn.models.configuration import CACHE, OSDNConfig
 from osdn.nn.layer import OnlineScaledDeltaNet, OutputGate, StateDecay
 from osdn.nn.norm import RMSNorm
-from osdn.nn.packing import Packing, find_packing
+from osdn.nn.packing import Packing, check_agreement, check_ids, find_packing
 from osdn.ops.options import check_size, refuse
 
 
@@ -44,6 +44,11 @@ class OSDNCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Tokens seen, padding included, for all layers alike."""
         return self.seen_tokens
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer passes for one that cannot tell its length: `generate` would run over all tokens once more."""
+        return [False] * len(self.layers)
 
     def reset(self) -> None:
         super().reset()
@@ -130,7 +135,7 @@ class OSDNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OSDNBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _input_embed_layer = "embeddings"
     _is_stateful = True  # the state cannot be rolled back: assisted decoding is refused
 
@@ -162,6 +167,7 @@ class OSDNModel(OSDNPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Hidden states `[B, T, D]` of `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`.
@@ -172,7 +178,8 @@ class OSDNModel(OSDNPreTrainedModel):
             position_ids: `[B, T]` or `[1, T]`; where they do not rise from one real token to the next, a new packed
                 sequence begins. `seq_idx`, and `cu_seq_lens_q` for B = 1, say the same in transformers' other names.
             past_key_values: a cache to continue from, written in place; see `OSDNCache`. One is made where
-                `use_cache` (default: `config.use_cache` outside training) and the batch is not packed.
+                `use_cache` (default: `config.use_cache` outside training) and the batch is not packed. `cache`: the
+                same, by transformers' name from 5.24 on, which is then the output's, too; either name reads that.
 
         Raises:
             ValueError: naming the argument, what it got and what it takes; unknown arguments are refused by name.
@@ -181,6 +188,9 @@ class OSDNModel(OSDNPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"input_ids, inputs_embeds: got {got}, takes exactly one of the two")
+        if past_key_values is not None and cache is not None:
+            raise ValueError("past_key_values, cache: got both, takes one of the two")
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
                 found = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
@@ -197,13 +207,13 @@ class OSDNModel(OSDNPreTrainedModel):
         packed = packing is not None and not packing.per_row
 
         recomputed = self.gradient_checkpointing and self.training
-        if past_key_values is not None and (packed or recomputed):
+        if cache is not None and (packed or recomputed):
             why = "packed sequences" if packed else "gradient checkpointing, which would write it twice"
             raise ValueError(f"past_key_values: got a cache, takes None with {why}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if past_key_values is None and use_cache and not packed and not recomputed:
-            past_key_values = OSDNCache(self.config)
+        if cache is None and use_cache and not packed and not recomputed:
+            cache = OSDNCache(self.config)
 
         if packing is not None:
             x = packing.pack(x)
@@ -214,16 +224,14 @@ class OSDNModel(OSDNPreTrainedModel):
             if wanted:
                 hidden.append(x)
             if packing is None or not packing.is_empty:
-                x = layer(x, past_key_values=past_key_values, cu_seqlens=cu_seqlens)
+                x = layer(x, past_key_values=cache, cu_seqlens=cu_seqlens)
         hidden.append(self.norm(x))
         if packing is not None:
             hidden = [packing.unpack(h) for h in hidden]
-        if isinstance(past_key_values, OSDNCache):
-            past_key_values.seen_tokens += T
+        if isinstance(cache, OSDNCache):
+            cache.seen_tokens += T
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden[-1],
-            past_key_values=past_key_values,
-            hidden_states=tuple(hidden) if wanted else None,
+            last_hidden_state=hidden[-1], hidden_states=tuple(hidden) if wanted else None, **{CACHE: cache}
         )
 
 
@@ -249,6 +257,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab_size]`, or of the last `logits_to_keep` tokens (a tensor: of these positions).
@@ -267,6 +276,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             past_key_values,
             inputs_embeds,
             use_cache,
+            cache,
             return_dict=True,
             **kwargs,
         )
@@ -284,7 +294,7 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
                 shift_labels=shift_labels,
             )
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: outputs.get(CACHE)}
         )
 
     def _prepare_cache_for_generation(
@@ -292,20 +302,20 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
     ) -> None:
         """Give `generate` a cache that can tell its length; a state of constant size is "static" and "dynamic"."""
         kind = generation_config.cache_implementation
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if generation_config.is_assistant:
             raise ValueError("assistant_model: got OSDNForCausalLM, takes a model whose state can be rolled back")
         if kind == "quantized":
             raise ValueError(f"cache_implementation: got {kind!r}, takes None: S and d stay in float32")
         if cache is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = OSDNCache(self.config, offloading=kind == "offloaded")
+            model_kwargs[CACHE] = OSDNCache(self.config, offloading=kind == "offloaded")
             return
         if isinstance(cache, Cache) and not isinstance(cache, OSDNCache):
             if cache.has_previous_state(0, 0):
                 got = f"a filled {type(cache).__name__}, whose length is unknown"
-                raise ValueError(f"past_key_values: got {got}, takes an osdn.models.OSDNCache")
-            model_kwargs["past_key_values"] = OSDNCache(self.config)
-            model_kwargs["past_key_values"].layers = cache.layers  # the caller's own, so that they are filled
+                raise ValueError(f"{CACHE}: got {got}, takes an osdn.models.OSDNCache")
+            model_kwargs[CACHE] = OSDNCache(self.config)
+            model_kwargs[CACHE].layers = cache.layers  # the caller's own, so that they are filled
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
@@ -334,6 +344,9 @@ def _packing(
         raise ValueError(f"cu_seq_lens_q: got B = {B}, takes a packed batch, B = 1")
     if find_packing(B, T, attention_mask) is not None:
         raise ValueError("attention_mask: got zeros beside cu_seq_lens_q, takes ones or None there")
+    if position_ids is not None:
+        check_ids("position_ids", position_ids, B, T)
+        check_agreement(cu_seqlens, position_ids)
     return Packing(B, T, None, cu_seqlens, per_row=False)
 
 

@@ -54,6 +54,16 @@ def check_ids(name: str, x: object, B: int, T: int) -> None:
         raise ValueError(f"{name}: got {got}, takes shape [{B}, {T}]" + (f" or [1, {T}]" if B > 1 else ""))
 
 
+def check_agreement(cu_seqlens: object, position_ids: Tensor) -> None:
+    """Raises ValueError where positions `[1, T]` begin a sequence and cu_seqlens, `[N + 1]`, has none beginning."""
+    packing = find_packing(1, position_ids.shape[-1], position_ids=position_ids)
+    if packing is None or not isinstance(cu_seqlens, Tensor):
+        return
+    starts = packing.cu_seqlens
+    if not bool(torch.isin(starts, cu_seqlens.to(starts)).all()):
+        raise ValueError("position_ids: got a sequence that begins where none of cu_seq_lens_q does, takes none such")
+
+
 def find_packing(
     B: int,
     T: int,

@@ -48,6 +48,23 @@ def latest(out: Path, stamp: str, warn: Warn) -> Path | None:
     return None
 
 
+def damage(path: Path) -> str:
+    """What a sealed directory lacks, a file or a part of its weights; empty where it is whole. Other files may have
+    been edited since."""
+    if not (path / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
+    try:
+        files = _read_manifest(path)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, (size, _) in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if name.endswith(".safetensors") and (path / name).stat().st_size != size:
+            return f"{name} is damaged"
+    return ""
+
+
 def prune(out: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints. One that is half deleted is no longer called one."""
     for step in _steps(out)[:-keep]:

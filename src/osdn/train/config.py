@@ -149,7 +149,9 @@ class TrainConfig:
         assert isinstance(plain, dict)
         return plain
 
-    def identity(self, data: str) -> dict[str, Any]:
-        """All that decides what is learned: the fields, with a digest of the data's files in place of their paths."""
+    def identity(self, data: str, tokens: str) -> dict[str, Any]:
+        """All that decides what is learned: the fields, with a digest of the data's files in place of their paths, and
+        one of what the tokenizer makes of texts beside its name."""
         fields = {name: value for name, value in self.as_dict().items() if name not in _FREE}
-        return {"format": _FORMAT, **fields, "data": data}
+        name = Path(self.tokenizer).name  # wherever it lies
+        return {"format": _FORMAT, **fields, "data": data, "tokenizer": f"{name} {tokens}"}

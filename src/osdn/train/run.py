@@ -26,12 +26,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from osdn.data.documents import Documents, open_documents
 from osdn.data.packed import PackedRows, Row, fills_streams, held_out_rows, training_texts, unigram_entropy
-from osdn.data.tokenizer import load_tokenizer
+from osdn.data.tokenizer import digest, load_tokenizer
 from osdn.models import OSDNConfig, OSDNForCausalLM
 from osdn.runs import RunError, fingerprint
 from osdn.runs.provenance import provenance
-from osdn.runs.store import claim, read_json, write_json
-from osdn.train.checkpoint import MANIFEST, latest, seal
+from osdn.runs.store import claim, differences, read_json, write_json
+from osdn.train.checkpoint import MANIFEST, damage, latest, seal
 from osdn.train.config import TrainConfig
 from osdn.train.progress import ShowProgress
 from osdn.train.sharded import load_sharded
@@ -54,21 +54,30 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
     if config.wandb and find_spec("wandb") is None:
         raise ValueError("wandb: got True, but it is not installed; takes `pip install wandb`, or False")
     task = Task.load(config)
-    identity = config.identity(task.documents.name)
+    identity = config.identity(task.documents.name, digest(task.tokenizer))
     stamp = fingerprint(identity)
     out = config.out or Path("runs") / f"train-{stamp}"
     arguments = _arguments(config, out, accumulation)
 
     def start() -> tuple[dict[str, Any] | None, Path | None]:
         _refuse_what_would_be_replaced(out)
+        results = read_json(out / "results.json", {"stamp", "identity", "config"}, say)
+        if results is not None and not (out / "config.json").exists():
+            write_json(out / "config.json", results["identity"])  # as it was
         held.enter_context(claim(out, identity, say))
-        results = read_json(out / "results.json", {"stamp"}, say)
-        return results, None if results else latest(out, stamp, say)
+        if results is None:
+            return None, latest(out, stamp, say)
+        if lacks := damage(out / "model"):
+            again = "move results.json away, and the same command writes it anew"
+            raise RunError(f"{out}: finished before, but of its model {lacks}; {again}")
+        return results, None
 
     with ExitStack() as held:
         results, checkpoint = _on_main_process(rank, start)
         if results is not None:
-            say(f"{out}: finished before; results.json tells all")
+            changed = differences(results["config"], config.as_dict() | {"out": results["config"]["out"]})
+            now = f", and is not done anew with other options ({changed})" if changed else ""
+            say(f"{out}: finished before{now}; results.json tells all")
             return results
         progress: dict[str, Any] = {"positions": {}, "skipped": 0, "last_loss": 0.0, "files": task.documents.sizes}
         if checkpoint is not None:
@@ -144,18 +153,23 @@ class Task:
         model_config = OSDNConfig.preset(config.preset, **sizes, eos_token_id=tokenizer.eos_token_id)
         named: dict[str, Any] = {"subset": config.subset, "split": config.split, "text_field": config.text_field}
         documents = open_documents("data", config.data, **named)
-        if documents.sizes:  # files, not a dataset that is streamed from elsewhere
+        by_name = not documents.sizes  # a dataset that is streamed from elsewhere, not files
+        if not by_name:
             _require_documents(documents, config)
         held_out: list[Row] = []
         if config.eval_sequences and (config.eval_data or config.held_out):
             source = open_documents("eval_data", config.eval_data, **named) if config.eval_data else documents
             share = 1.0 if config.eval_data else config.held_out
             held_out = held_out_rows(source, tokenizer, context=config.context, rows=config.eval_sequences, share=share)
+            by_name |= not source.sizes
             if not held_out:
                 less = f"less than a row of {config.context} tokens"
                 if config.eval_data:
                     raise ValueError(f"eval_data: got {less}; takes more text")
                 raise ValueError(f"held_out: got {share}, which leaves out {less}; takes more of data, or 0 for none")
+        for name, default in (("subset", None), ("split", "train")):
+            if (value := getattr(config, name)) != default and not by_name:
+                raise ValueError(f"{name}: got {value!r} beside files, takes it beside the name of a dataset alone")
         return cls(tokenizer, model_config, documents, held_out)
 
 
