@@ -111,14 +111,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 nobody reads on or no space is left, 2 a request that cannot be met (one line on stderr),
     130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["--version"]:
-        print(f"osdn {version('osdn')}")
-        return 0
     if "--harness" in arguments:  # what stands behind it is another program's
         at = arguments.index("--harness")
         arguments = [*arguments[:at], f"--harness={shlex.join(arguments[at + 1 :])}"]
     command: Command | None = None
     try:
+        if arguments == ["--version"]:
+            print(f"osdn {version('osdn')}", flush=True)
+            return 0
         command = tyro.extras.subcommand_cli_from_dict(
             SUBCOMMANDS,
             prog="osdn",
@@ -136,8 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
-        if error.errno != errno.EPIPE:  # who reads has had enough, as `head`
-            print(f"osdn: {error.strerror}", file=sys.stderr)
+        if error.errno == errno.ENOSPC:  # and not that who reads has had enough, as `head`
+            print(f"osdn: {error}", file=sys.stderr)
         return 1
     except (ValueError, RunError) as error:
         print(f"osdn: {error}", file=sys.stderr)

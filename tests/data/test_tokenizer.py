@@ -81,9 +81,26 @@ def test_the_digest_knows_how_texts_are_split(saved):
     lowered.backend_tokenizer.normalizer = Lowercase()
     opened.backend_tokenizer.post_processor = TemplateProcessing(single="e $A", special_tokens=[("e", 1)])
     merged = PreTrainedTokenizerFast(tokenizer_object=bpe(1))  # the same tokens, one of them never made
+    special = PreTrainedTokenizerFast(tokenizer_object=bpe(2), pad_token="n")
     plain = PreTrainedTokenizerFast(tokenizer_object=bpe(2), padding_side="left", model_max_length=7)
     assert digest(plain) == digest(PreTrainedTokenizerFast(tokenizer_object=bpe(2)))
-    assert len({digest(x) for x in (plain, lowered, merged, opened)}) == 4
+    assert len({digest(x) for x in (plain, lowered, merged, opened, special)}) == 5
+
+
+def test_an_alphabet_without_a():
+    tokenizer = Tokenizer(BPE({"<s>": 0, "C": 1, "G": 2}, []))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    assert encode(tokenizer, "CG") == Codec(tokenizer).encode("CG") == [0, 1, 2]
+    nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({}, [])))
+    assert encode(nothing, "CG") == []
+
+
+def test_a_tokenizer_that_draws(tmp_path):
+    model = BPE({letter: i for i, letter in enumerate(["a", "b", "ab"])}, [("a", "b")], dropout=0.5)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="b").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer: got .* \(it splits texts at random, dropout 0.5\); takes bytes"):
+        load_tokenizer(str(tmp_path))
 
 
 def bpe(merges):

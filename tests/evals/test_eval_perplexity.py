@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from osdn.data.tokenizer import byte_tokenizer
@@ -89,6 +90,34 @@ def test_a_cache_that_restarts_is_refused(save):
     with pytest.raises(ValueError, match="segment_size: a Restarts read in two segments is off by"):
         token_losses(model, tokens(), 32)
     torch.testing.assert_close(token_losses(model, tokens(), 90), whole(model, tokens()), rtol=1e-9, atol=1e-9)
+
+
+def test_what_stands_before_every_text_is_context_alone(save, text):
+    path = save()
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", 33)])
+    tokenizer.save_pretrained(path)
+    (text / "c.txt").write_text("more ")
+    (text / "d.txt").write_text("and more, and more " * 6)
+    checkpoint = Checkpoint.open(path)
+    task = Perplexity(checkpoint, [str(text)], block_size=120, bucket_size=50, segment_size=40)
+    assert task.policy["documents"] == "concatenated, begin of text before each, not counted, end of text behind each"
+    stream = b"".join(b"!" + (text / name).read_bytes() + b"\0" for name in ("a.txt", "b.txt", "c.txt", "d.txt"))
+    begins = {0} | {i + 1 for i, byte in enumerate(stream) if byte == 0}
+    model, all_losses, hits = checkpoint.load("cpu", "auto"), [], 0
+    for i, record in enumerate(task.score(model, range(len(task)))):
+        block = stream[120 * i : 120 * (i + 1)]
+        losses, known = whole(model, torch.tensor([list(block)]))[0].tolist(), set()
+        counted = [t for t in range(1, 120) if 120 * i + t not in begins]
+        all_losses += [losses[t - 1] for t in counted]
+        assert record["tokens"] == [sum(t // 50 == b for t in counted) for b in range(3)]
+        for t in range(1, 120):
+            hits += t in counted and block[t - 1 : t + 1] in known
+            known.add(block[t - 1 : t + 1])
+    records = task.score(model, range(len(task)))
+    assert sum(sum(r["tokens"]) for r in records) == len(all_losses) < 119 * len(task)
+    assert sum(sum(r["losses"]) for r in records) == pytest.approx(sum(all_losses), rel=1e-9)
+    assert sum(r["hits"] for r in records) == hits
 
 
 def test_buckets_and_hits_by_hand(save, text):

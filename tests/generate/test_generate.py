@@ -263,10 +263,11 @@ def test_a_full_disk(checkpoint):
     _, path = checkpoint
     command = [sys.executable, "-m", "osdn.cli", "generate", str(path), "--max-new-tokens", "2", "--prompt"]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    for prompts in (["a"], ["a", "b"]):  # printed as it grows, and at the end
+    commands = [[*command, "a"], [*command, "a", "b"], [*command[:3], "--version"]]  # the first printed as it grows
+    for full_command in commands:
         with Path("/dev/full").open("w") as full:
-            done = subprocess.run([*command, *prompts], stdout=full, stderr=subprocess.PIPE, env=buffered)
-        assert (done.stderr, done.returncode) == (b"osdn: No space left on device\n", 1)
+            done = subprocess.run(full_command, stdout=full, stderr=subprocess.PIPE, env=buffered)
+        assert (done.stderr, done.returncode) == (b"osdn: [Errno 28] No space left on device\n", 1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import osdn
+from osdn.models.configuration import CACHE
 
 LAYER = [
     *("attn_norm.weight", "mlp_norm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
@@ -200,7 +201,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, padded, make
     out.loss.backward()
     for a, p in zip(plain, model.parameters(), strict=True):
         assert torch.equal(a, p.grad)
-    with pytest.raises(ValueError, match="past_key_values: got a cache, takes None with gradient checkpointing"):
+    with pytest.raises(ValueError, match=f"{CACHE}: got a cache, takes None with gradient checkpointing"):
         model(tokens, past_key_values=osdn.models.OSDNCache(model.config))
 
 
@@ -389,11 +390,14 @@ def test_refused_packing(make_model, tokens):
         model(row, cu_seq_lens_q=cu, attention_mask=mask)
     with pytest.raises(ValueError, match=r"position_ids: got a sequence that begins where none of cu_seq_lens_q does"):
         model(row, cu_seq_lens_q=cu[[0, 2]], position_ids=restart)
-    for known in (restart, torch.arange(13)[None]):  # positions of a whole that is cut up
+    with pytest.raises(ValueError, match=r"cu_seqlens: got \[0, 5\]"):
+        model(row, cu_seq_lens_q=cu[:2], position_ids=restart)
+    padded = torch.tensor([[*range(5), *[0] * 8]])
+    for known in (restart, torch.arange(13)[None], padded, 0 * restart):  # also of a whole that is cut up, of padding
         assert torch.equal(model(row, cu_seq_lens_q=cu, position_ids=known)[0], model(row, cu_seq_lens_q=cu)[0])
     cache = model(row, use_cache=True).past_key_values
     for kwargs in ({"cu_seq_lens_q": cu}, {"position_ids": restart}):
-        with pytest.raises(ValueError, match=r"past_key_values: got a cache, takes None with packed sequences"):
+        with pytest.raises(ValueError, match=rf"{CACHE}: got a cache, takes None with packed sequences"):
             model(row, past_key_values=cache, **kwargs)
 
 

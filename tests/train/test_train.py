@@ -72,8 +72,12 @@ def test_a_finished_run_is_not_repeated(toy, console, said, monkeypatch):
     (config.out / "config.json").unlink()
     with pytest.raises(ValueError, match=r"a run of another config \(seed: 0 there, 5 here\)"):
         train(replace(config, seed=5), console=console)
-    (config.out / "config.json").unlink()
     assert train(config, console=console) == results
+    (config.out / "config.json").write_text("{}")
+    (config.out / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"a run of another config \(format: None there"):
+        train(config, console=console)
+    assert (config.out / "results.json").read_text() == "[]"  # nothing of another run's is set aside
 
 
 def test_a_finished_run_whose_model_is_gone_says_so(toy, console):
@@ -86,7 +90,9 @@ def test_a_finished_run_whose_model_is_gone_says_so(toy, console):
     train(config, console=console)
     content = (model / "model.safetensors").read_bytes()
     again = "move results.json away, and the same command writes it anew"
-    for name, wrong in (("model.safetensors", content[:-1]), ("tokenizer.json", None), ("manifest.json", None)):
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    wrongs = [("model.safetensors", flipped), ("tokenizer.json", None), ("manifest.json", None)]
+    for name, wrong in [*wrongs, ("manifest.json", b'{"stamp": "x", "files": 3}')]:
         (model / name).unlink()
         if wrong is not None:
             (model / name).write_bytes(wrong)
@@ -271,14 +277,6 @@ def test_falls_below_the_unigrams_of_real_text(toy, console):
         (
             "--held-out 0.1 --context 9999999",
             "held_out: got 0.1, which leaves out less than a row of 9999999 tokens; takes more of data, or 0",
-        ),
-        (
-            "--data 0.txt --streams 1 --held-out 0 --subset x",
-            "subset: got 'x' beside files, takes it beside the name of a dataset",
-        ),
-        (
-            "--data 0.txt --streams 1 --held-out 0 --split x",
-            "split: got 'x' beside files, takes it beside the name of a dataset alone",
         ),
         ("--steps 0", "steps: got 0, takes a number >= 1"),
         ("--eps 0", "eps: got 0.0, takes a finite number >= 1e-37"),

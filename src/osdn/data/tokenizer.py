@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +87,34 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [*opening(tokenizer), *ids, *closing]
 
 
-@lru_cache(1)
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before every text: often nothing, or a begin-of-text token."""
-    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+    for text in chain("a", _words(tokenizer)):  # some know no "a"
+        bare, whole = (tokenizer(text, add_special_tokens=added)["input_ids"] for added in (False, True))
+        if bare:
+            return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+    return []
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    yield from sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
 
 
 def digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Short hash of what texts become: of the vocabulary and of a sample text's tokens, special ones included."""
+    """Short hash of what texts become: of the vocabulary, which of it is special, and a sample text's tokens."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     words = " ".join(name for name, _ in vocabulary[:: max(1, len(vocabulary) // 1000)])
     splits = encode(tokenizer, f"{_SAMPLE}{words}")
-    return hashlib.sha256(json.dumps([vocabulary, splits]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([vocabulary, sorted(tokenizer.all_special_ids), splits]).encode()).hexdigest()[:12]
 
 
 def _read(problem: Callable[[str], str], name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Raises ValueError with what `problem` makes of a reason in one line."""
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # whatever damaged or foreign files, the Hub or the network have to say
         raise ValueError(problem(first_line(error))) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and getattr(backend.model, "dropout", None):
+        raise ValueError(problem(f"it splits texts at random, dropout {backend.model.dropout:.2g}"))
+    return tokenizer

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from osdn.data.text import ar_hits
-from osdn.data.tokenizer import encode
+from osdn.data.tokenizer import encode, opening
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.documents import read_texts
 from osdn.evals.results import Metric, Record, ratio
@@ -22,16 +22,17 @@ from osdn.models.configuration import cache_name
 class Perplexity:
     """exp of the mean loss on blocks of T tokens, each read from an empty state, by what stands before a token.
 
-    Documents are put one behind the other, an end-of-text token behind each where the tokenizer has one, and cut into
-    blocks. The token at position t of a block, t = 1 .. T-1, has t tokens of context, and counts in bucket
-    t // bucket_size. An AR-hit is a token that completes a bigram seen earlier in its block (`osdn.data.ar_hits`).
+    Documents, see `osdn.data.tokenizer.encode`, are put one behind the other and cut into blocks. The token at position
+    t of a block, t = 1 .. T-1, has t tokens of context, and counts in bucket t // bucket_size; what the tokenizer puts
+    before every text is context alone, since training need not teach it. An AR-hit is a token that completes a bigram
+    seen earlier in its block (`osdn.data.ar_hits`).
 
     A block goes through the model in segments, so that memory does not grow with its length, but for what the model
     itself keeps of the past.
     """
 
     name = kind = "perplexity"
-    version = 1
+    version = 2
 
     def __init__(
         self,
@@ -50,19 +51,23 @@ class Perplexity:
             raise ValueError(f"bucket_size: got {bucket_size}, takes an int >= 2: the first token has no loss")
         texts, self.data = read_texts("text", text, text_field=text_field, held_out=held_out)
         tokenizer = checkpoint.tokenizer
-        tokens = np.concatenate([np.array(encode(tokenizer, text), np.int32) for text in texts])
+        documents, before = [encode(tokenizer, text) for text in texts], len(opening(tokenizer))
+        tokens = np.concatenate([np.array(document, np.int32) for document in documents])
+        counted = np.concatenate([np.arange(len(document)) >= before for document in documents])
         count = len(tokens) // block_size
         if block_size < 2 or not count:
             raise ValueError(f"block_size: got {block_size}, takes 2 to {len(tokens)}, the tokens there are in text")
         used = min(count, limit) if limit else count
-        self.blocks = tokens[: used * block_size].reshape(used, block_size)
+        self.blocks, self.counted = (x[: used * block_size].reshape(used, block_size) for x in (tokens, counted))
         self.bucket_size, self.segment_size = bucket_size, segment_size
         self.policy: dict[str, Any] = {
             "block_size": block_size,
             "bucket_size": bucket_size,
             "limit": limit,
             "tokenizer": checkpoint.tokens,
-            "documents": "concatenated" + ("" if tokenizer.eos_token_id is None else ", end of text behind each"),
+            "documents": "concatenated"
+            + (", begin of text before each, not counted" if before else "")
+            + ("" if tokenizer.eos_token_id is None else ", end of text behind each"),
         }
         self.cut = {"tokens_behind_the_last_block": len(tokens) - used * block_size}
 
@@ -74,15 +79,16 @@ class Perplexity:
 
     def score(self, model: Any, indices: Sequence[int]) -> list[Record]:
         ids = torch.from_numpy(self.blocks[list(indices)].astype(np.int64))
-        losses = token_losses(model, ids, self.segment_size)
-        hits, bucket = ar_hits(ids)[:, 1:], torch.arange(1, ids.shape[1]) // self.bucket_size
-        counts = bucket.bincount()
-        sums = torch.zeros(len(ids), len(counts), dtype=torch.float64).index_add(1, bucket, losses)
+        counted = torch.from_numpy(self.counted[list(indices), 1:])
+        losses = token_losses(model, ids, self.segment_size) * counted
+        hits, bucket = ar_hits(ids)[:, 1:] & counted, torch.arange(1, ids.shape[1]) // self.bucket_size
+        sums = torch.zeros(len(ids), int(bucket[-1]) + 1, dtype=torch.float64).index_add(1, bucket, losses)
+        counts = torch.zeros(*sums.shape, dtype=torch.int64).index_add(1, bucket, counted.long())
         return [
             {
                 "index": index,
                 "losses": sums[row].tolist(),
-                "tokens": counts.tolist(),
+                "tokens": counts[row].tolist(),
                 "hit_loss": float(losses[row][hits[row]].sum()),
                 "hits": int(hits[row].sum()),
             }

@@ -209,7 +209,7 @@ class OSDNModel(OSDNPreTrainedModel):
         recomputed = self.gradient_checkpointing and self.training
         if cache is not None and (packed or recomputed):
             why = "packed sequences" if packed else "gradient checkpointing, which would write it twice"
-            raise ValueError(f"past_key_values: got a cache, takes None with {why}")
+            raise ValueError(f"{CACHE}: got a cache, takes None with {why}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache and not packed and not recomputed:

@@ -74,14 +74,24 @@ def claim(out: Path, identity: dict[str, Any], warn: Warn) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:  # as of file systems without locks
         warn(f"{out} cannot be locked ({first_line(error)}): let no other process work there")
     try:
-        if (before := read_json(config, set(), warn)) is None:
-            write_json(config, identity)
-        elif before != identity:
+        if (before := read_json(config, set(), warn)) is None:  # not yet written, or lost
+            before = _identity(out / "results.json") or identity
+        if before != identity:
             changes = differences(before, identity)
             raise ValueError(f"out: got {out}, a run of another config ({changes}); takes a new path")
+        if not config.exists():
+            write_json(config, identity)
         yield
     finally:
         lock.release()
+
+
+def _identity(results: Path) -> Any:
+    """As the results of a run tell it; None where there are none that do."""
+    try:
+        return json.loads(results.read_bytes())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -49,18 +49,18 @@ def latest(out: Path, stamp: str, warn: Warn) -> Path | None:
 
 
 def damage(path: Path) -> str:
-    """What a sealed directory lacks, a file or a part of its weights; empty where it is whole. Other files may have
-    been edited since."""
+    """What a sealed directory lacks, a file or weights as they were written; empty where it is whole. Other files may
+    have been edited since."""
     if not (path / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
     try:
         files = _read_manifest(path)["files"]
-    except ValueError as error:
-        return str(error)
-    for name, (size, _) in files.items():
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if name.endswith(".safetensors") and (path / name).stat().st_size != size:
+        if name.endswith(".safetensors") and _size_and_hash(path / name) != expected:
             return f"{name} is damaged"
     return ""
 
@@ -86,7 +86,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: has no {MANIFEST}, so `osdn train` did not write it; move it away") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror})") from error
-    if not isinstance(manifest, dict) or manifest.keys() != {"stamp", "files"}:
+    fields = manifest.keys() if isinstance(manifest, dict) else set()
+    if fields != {"stamp", "files"} or not isinstance(manifest["files"], dict):
         raise ValueError(f"its {MANIFEST} is damaged")
     return manifest
 

@@ -61,11 +61,8 @@ def run(config: TrainConfig, console: Console) -> dict[str, Any]:
 
     def start() -> tuple[dict[str, Any] | None, Path | None]:
         _refuse_what_would_be_replaced(out)
-        results = read_json(out / "results.json", {"stamp", "identity", "config"}, say)
-        if results is not None and not (out / "config.json").exists():
-            write_json(out / "config.json", results["identity"])  # as it was
         held.enter_context(claim(out, identity, say))
-        if results is None:
+        if (results := read_json(out / "results.json", {"stamp", "config"}, say)) is None:
             return None, latest(out, stamp, say)
         if lacks := damage(out / "model"):
             again = "move results.json away, and the same command writes it anew"
@@ -153,23 +150,18 @@ class Task:
         model_config = OSDNConfig.preset(config.preset, **sizes, eos_token_id=tokenizer.eos_token_id)
         named: dict[str, Any] = {"subset": config.subset, "split": config.split, "text_field": config.text_field}
         documents = open_documents("data", config.data, **named)
-        by_name = not documents.sizes  # a dataset that is streamed from elsewhere, not files
-        if not by_name:
+        if documents.sizes:  # files, not a dataset that is streamed from elsewhere
             _require_documents(documents, config)
         held_out: list[Row] = []
         if config.eval_sequences and (config.eval_data or config.held_out):
             source = open_documents("eval_data", config.eval_data, **named) if config.eval_data else documents
             share = 1.0 if config.eval_data else config.held_out
             held_out = held_out_rows(source, tokenizer, context=config.context, rows=config.eval_sequences, share=share)
-            by_name |= not source.sizes
             if not held_out:
                 less = f"less than a row of {config.context} tokens"
                 if config.eval_data:
                     raise ValueError(f"eval_data: got {less}; takes more text")
                 raise ValueError(f"held_out: got {share}, which leaves out {less}; takes more of data, or 0 for none")
-        for name, default in (("subset", None), ("split", "train")):
-            if (value := getattr(config, name)) != default and not by_name:
-                raise ValueError(f"{name}: got {value!r} beside files, takes it beside the name of a dataset alone")
         return cls(tokenizer, model_config, documents, held_out)
 
 
