@@ -37,6 +37,16 @@ def test_interrupted(arguments, hint, capsys, monkeypatch):
     assert capsys.readouterr().err == f"osdn: interrupted{hint}\n"
 
 
+def test_an_option_given_twice_loses_nothing_without_a_word(capsys):
+    for again in (["--prompt", "b"], ["--prompt=b"]):
+        assert main(["generate", "model", "--prompt", "a", *again]) == 2
+        assert capsys.readouterr().err == "osdn: --prompt: got it 2 times, takes all its values behind one\n"
+    assert main(["train", "tiny_text_cpu", "--eval-data", "x", "--eval_data", "y"]) == 2
+    assert capsys.readouterr().err.startswith("osdn: --eval-data: got it 2 times")
+    assert main(["eval", "x", "--tasks", "mqar", "--limit", "1", "--limit", "-1"]) == 2  # of a value the last counts
+    assert capsys.readouterr().err.startswith("osdn: limit: got -1")
+
+
 def test_every_subcommand_is_interrupted_above():
     assert GOES_ON.keys() | BEGINS_ANEW.keys() == SUBCOMMANDS.keys()
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -107,6 +107,15 @@ SUBCOMMANDS: dict[str, Callable[..., Command]] = {
 }
 
 
+_MANY = {
+    f"--{option.name.replace('_', '-')}"
+    for kind in (Bench, Compare, Diagnose, Evaluation, Experiment, Generate, Theory, TrainConfig)
+    for option in fields(kind)
+    if str(option.type).endswith("...]")
+}
+"""Options that take any number of values."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 nobody reads on or no space is left, 2 a request that cannot be met (one line on stderr),
     130 interrupted."""
@@ -116,6 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = [*arguments[:at], f"--harness={shlex.join(arguments[at + 1 :])}"]
     command: Command | None = None
     try:
+        names = [name.partition("=")[0].replace("_", "-") for name in arguments]
+        for name in sorted(_MANY & set(names)):
+            if (count := names.count(name)) > 1:  # of all but the last the values would be lost
+                raise ValueError(f"{name}: got it {count} times, takes all its values behind one")
         if arguments == ["--version"]:
             print(f"osdn {version('osdn')}", flush=True)
             return 0

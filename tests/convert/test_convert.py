@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -82,6 +83,26 @@ def test_weights_are_kept_to_the_bit(kind, make_fla, tmp_path):
     assert torch.allclose(written["model.layers.1.attn.forget_proj.bias"].float(), torch.tensor(6.9), atol=0.02)  # bf16
 
 
+def test_decays_stay_in_float32_where_all_else_is_bf16(make_fla, tmp_path):
+    _, source = make_fla("gated_deltanet", torch.bfloat16, torch_dtype="bfloat16")
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        fine = {k: x.float() + 1e-3 for k, x in tensors.items() if k.endswith(("A_log", "dt_bias"))}
+        save_file(tensors | fine, path, metadata={"format": "pt"})
+    convert(source, tmp_path / "out", {})
+    given = {k: x for path in source.glob("*.safetensors") for k, x in load_file(path).items()}
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {x.dtype for x in given.values()} == {torch.float32, torch.bfloat16}
+    assert all(x.dtype == written[name].dtype and torch.equal(x, written[name]) for name, x in given.items())
+
+
+def test_weights_that_are_not_numbers(make_fla, tmp_path):
+    _, source = make_fla("kda")
+    weights_changed(source, lambda tensors: next(x for k, x in tensors.items() if "q_proj" in k).fill_(math.nan))
+    with pytest.raises(ValueError, match=r"source: got \S+kda, whose model\S+q_proj.weight is not finite"):
+        convert(source, tmp_path / "out", {})
+
+
 @pytest.mark.parametrize(
     ("kind", "changed", "expected"),
     [
@@ -105,6 +126,12 @@ def test_weights_are_kept_to_the_bit(kind, make_fla, tmp_path):
         ),
         ("kda", {"expand_v": 2}, {"expand_v": 2, "output_gate": "sigmoid_lowrank", "state_decay": "channel"}),
         ("kda", {"norm_eps": 1e-5, "conv_size": 3, "attn": []}, {"norm_eps": 1e-5, "conv_size": 3}),
+        (
+            "delta_net",
+            {"norm_first": False, "use_rope": False, "elementwise_affine": True, "norm_eps": 1},
+            {"norm_eps": 1},
+        ),
+        ("kda", {"_name_or_path": "x", "is_decoder": False, "rope_scaling": None, "hidden_ratio": None}, {}),
     ],
 )
 def test_translation(kind, changed, expected, fla_config):
@@ -141,6 +168,16 @@ def test_what_config_json_leaves_out(kind):
             "use_beta: .*; allow_neg: got 1, a field that is not known",
         ),
         ("delta_net", {"num_v_heads": 4}, "num_v_heads: got 4, a field that is not known"),
+        ("delta_net", {"norm_first": True}, "norm_first: got True, takes False"),
+        ("kda", {"quantization_config": {}}, r"quantization_config: got \{\}, takes None"),
+        ("kda", {"num_heads": None}, "num_heads: got None, takes an int"),
+        ("delta_net", {"expand_k": "1"}, "expand_k: got '1', takes a number"),
+        (
+            "kda",
+            {"vocab_size": 257.0, "num_v_heads": "2"},
+            "vocab_size: got 257.0, takes an int; num_v_heads: got '2', takes an int or None",
+        ),
+        ("kda", {"allow_neg_eigval": 1}, "allow_neg_eigval: got 1, takes a bool"),
     ],
 )
 def test_unsupported_fields_are_refused_by_name(kind, changed, message, make_fla, tmp_path, capsys):
@@ -238,6 +275,17 @@ def test_one_line_for_what_cannot_be_read(make_fla, tmp_path, capsys, monkeypatc
     fails(source, r"\S+delta_net: weights cannot be read \(.+\)")
     (source / "model-00001-of-00002.safetensors").unlink()
     fails(source, r"\S+delta_net: weights cannot be read \(.+\)")
+    index = (source / "model.safetensors.index.json").read_text()
+    for wrong in ("{", "{}", "[]"):
+        (source / "model.safetensors.index.json").write_text(wrong)
+        fails(source, r"\S+delta_net: weights cannot be read \(.+\)")
+    (source / "model.safetensors.index.json").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"no weights")
+    fails(source, r"\S+delta_net: weights cannot be read \(.+\)")
+    (source / "model.safetensors.index.json").write_text(index)
+    (source / "tokenizer.json").symlink_to(source / "nowhere")
+    fails(source, r"source: got \S+delta_net, where tokenizer.json is a link to nothing; takes whole checkpoints")
+    (source / "tokenizer.json").unlink()
     set_json(source / "config.json", model_type="mamba9", architectures=["Mamba9ForCausalLM"])
     fails(
         source, r"source: got model_type mamba9 of class Mamba9ForCausalLM, takes flash-linear-attention's delta_net.+"
@@ -268,10 +316,17 @@ def test_what_has_a_preconditioner_is_refused_and_what_has_none_is_not(tmp_path)
 def test_a_hybrid_of_transformers(make_fla, tmp_path, capsys):
     model, _ = make_fla("gated_deltanet")
     model.save_pretrained(tmp_path / "hybrid")
+    path, more = (
+        tmp_path / "hybrid" / "model.safetensors",
+        {"mtp.0.fc.weight": torch.ones(2), "mtp.1.fc.weight": torch.ones(2)},
+    )
+    save_file(load_file(path) | more, path, metadata={"format": "pt"})  # which transformers would ignore without a word
     expected = logits(model)
     arguments = ["convert", str(tmp_path / "hybrid"), str(tmp_path / "out"), "--eta", "0.5", "--d-max", "1.5"]
     assert main(arguments) == 0
-    assert measured(capsys.readouterr().out) < 2e-4
+    report = capsys.readouterr().out
+    assert measured(report) < 2e-4
+    assert report.startswith(f"left out, as {type(model).__name__} has no such weights: mtp.*.fc.weight\n")
     upgraded = load_model(tmp_path / "out")
     assert type(upgraded) is type(model)
     assert difference(logits(upgraded), expected) < 2e-4
@@ -291,10 +346,15 @@ def test_the_tokenizer_goes_along_and_measures(make_fla, tmp_path, capsys):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(source)
     text = tmp_path / "text"
     text.write_text("w3 w4 w5 " * 500)
+    others = ("tokenization_own.py", "LICENSE", "additional_chat_templates/a.jinja", "tokenizer_old/tokenizer.json")
+    for name in others:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
     assert main(["convert", str(source), str(tmp_path / "out"), "--probe", str(text), "--feedback", "beta_aware"]) == 0
     report = capsys.readouterr().out
     assert "1,024 tokens of" in report
     assert measured(report) > 0.01
+    assert [(tmp_path / "out" / name).exists() for name in others] == [True, True, True, False]
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert type(AutoConfig.from_pretrained(tmp_path / "out")) is osdn.OSDNConfig
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is osdn.OSDNForCausalLM

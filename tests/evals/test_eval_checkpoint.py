@@ -1,10 +1,20 @@
 import json
+import math
 import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import osdn
 from osdn.data.tokenizer import byte_tokenizer
@@ -97,3 +107,25 @@ def test_of_a_hybrid_the_preconditioner_is_evaluated_too(tmp_path):
     weights = load_file(tmp_path / "other" / "model.safetensors")
     save_file(weights | {"vision.weight": torch.ones(2)}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     assert Checkpoint.open(tmp_path / "other").load("cpu", "auto").num_parameters() == other.num_parameters()
+
+
+def test_models_that_cannot_be_scored(save, tmp_path):
+    path = save()
+    weights = load_file(path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] * math.inf}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(f"checkpoint: got {path}, whose logits are not finite; takes a")):
+        Checkpoint.open(path).load("cpu", "auto")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"checkpoint: got \S+bert, whose logits know of later tokens; takes a causal"):
+        Checkpoint.open(tmp_path / "bert").load("cpu", "auto")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 2}
+    moe = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, num_hidden_layers=1, head_dim=8))
+    moe.save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"dtype: got 'float64', in which \S+moe cannot run \("):
+        Checkpoint.open(tmp_path / "moe").load("cpu", "float64")
+    Checkpoint.open(tmp_path / "moe").load("cpu", "float32")
+    (path / "config.json").write_text('{"model_type": "kda", "vocab_size": 257}')
+    with pytest.raises(ValueError, match=r"got \S+, flash-linear-attention's kda; takes what osdn convert makes of it"):
+        Checkpoint.open(path)

@@ -4,8 +4,16 @@ import re
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
+import osdn
 from osdn.data.tokenizer import byte_tokenizer
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.perplexity import Perplexity, token_losses
@@ -90,6 +98,20 @@ def test_a_cache_that_restarts_is_refused(save):
     with pytest.raises(ValueError, match="segment_size: a Restarts read in two segments is off by"):
         token_losses(model, tokens(), 32)
     torch.testing.assert_close(token_losses(model, tokens(), 90), whole(model, tokens()), rtol=1e-9, atol=1e-9)
+
+
+def test_angles_of_positions_that_stay_in_float32():
+    """In a float64 model of transformers; a segment boundary changes how they are rounded, and that is no restart."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads)).double().eval()
+    model = osdn.precondition_model(model, {"feedback": "beta_aware", "d_init": 0.5})
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.5)
+    ids = tokens(B=1, T=128)
+    torch.testing.assert_close(token_losses(model, ids, 50), whole(model, ids), rtol=1e-5, atol=1e-5)
 
 
 def test_what_stands_before_every_text_is_context_alone(save, text):

@@ -40,7 +40,7 @@ def test_end_to_end(command, tmp_path, capsys, monkeypatch):
     for name, result in results(out).items():
         lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
         assert result["task"] == lines[0]["task"] == name
-        assert result["version"] == lines[0]["version"] == (1 if name in ("mqar", "perplexity") else 2)
+        assert result["version"] == lines[0]["version"] == (1 if name == "mqar" else 2)
         assert result["context_policy"].items() <= lines[0].items()
         assert sorted(line["index"] for line in lines[1:]) == list(range({"fda_twice": 5, "mqar": 14}.get(name, 7)))
         assert all({"value", "stderr", "examples"} <= metric.keys() for metric in result["metrics"].values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -27,7 +30,8 @@ _PROBE = 1024  # tokens
 # What may stand beside config and weights and goes along.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
-    *("chat_template*", "*processor_config.json"),
+    *("chat_template*", "additional_chat_templates/*", "*processor_config.json", "tokenization_*.py", "*.tiktoken"),
+    *("bpe.codes", "*.vocab", "LICENSE*"),
 )
 
 
@@ -43,16 +47,22 @@ def convert(source: Path, out: Path, options: dict[str, Any], *, probe: Path | N
     config = read_config(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: got {out}, which is {'not empty' if out.is_dir() else 'a file'}, takes a new directory")
+    if broken := [path.name for path in source.iterdir() if not path.exists()]:
+        raise ValueError(f"source: got {source}, where {broken[0]} is a link to nothing; takes whole checkpoints")
     PreconditionerOptions.parse(options)  # refuses what is wrong before any weight is read
     model = _load(source, config)
+    if strange := [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]:
+        raise ValueError(f"source: got {source}, whose {strange[0]} is not finite")
     tokens = _probe_tokens(source, model, probe)
     before = _logits(model, tokens)
     precondition_model(model, options)
     change = _change(before, _logits(model, tokens))
+    dropped = _keep(model, source)
     _write(model, source, out)
     new = sum(p.numel() for name, p in model.named_parameters() if is_preconditioner_parameter(name))
     where = "random tokens" if probe is None else f"tokens of {probe}"
-    return (
+    left = f"left out, as {type(model).__name__} has no such weights: {', '.join(dropped)}\n" if dropped else ""
+    return left + (
         f"wrote {out}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {new:,} new\n"
         f"logits on {tokens.shape[1]:,} {where}: {change}"
     )
@@ -72,6 +82,33 @@ def _load(source: Path, config: dict[str, Any]) -> PreTrainedModel:
     with torch.device("meta"):
         find_hosts(host(AutoConfig.from_pretrained(source)))
     return load_whole(host.from_pretrained, source)
+
+
+@torch.no_grad()
+def _keep(model: PreTrainedModel, source: Path) -> list[str]:
+    """Give parameters that transformers has rounded to the dtype of most, as decays, what `source` holds of them.
+    Returns the names of what transformers leaves out without a word, numbers as *."""
+    parameters, silent = dict(model.named_parameters()), model._keys_to_ignore_on_load_unexpected or []
+    dropped = set[str]()
+    for file in _weights(source):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118, no mapping
+                if any(re.search(pattern, name) for pattern in silent):
+                    dropped.add(re.sub(r"\d+", "*", name))
+                if name not in parameters:
+                    continue
+                p, saved = parameters[name], weights.get_tensor(name)
+                if p.shape == saved.shape and saved.is_floating_point() and saved.dtype.itemsize > p.dtype.itemsize:
+                    p.data = saved
+    return sorted(dropped)
+
+
+def _weights(source: Path) -> list[Path]:
+    """The safetensors files that transformers reads."""
+    index, one = source / "model.safetensors.index.json", source / "model.safetensors"
+    if one.exists() or not index.exists():
+        return [one] if one.exists() else []
+    return [source / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
 
 
 def _probe_tokens(source: Path, model: PreTrainedModel, probe: Path | None) -> Tensor:
@@ -109,9 +146,10 @@ def _write(model: PreTrainedModel, source: Path, out: Path) -> None:
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         with quiet():
             model.save_pretrained(beside)
-        for pattern in _COMPANIONS:
-            for path in source.glob(pattern):
-                shutil.copy(path, beside)
+        for path in {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}:
+            copy = beside / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
         beside.chmod(0o755)
         beside.replace(out)
     except OSError as error:

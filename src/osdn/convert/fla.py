@@ -43,11 +43,22 @@ _TAKES: dict[str, tuple[Any, ...]] = {
     "lower_bound": (None,),
     "safe_gate": (False,),
     "attnres_block_size": (None,),
+    "quantization_config": (None,),
+    # Of older configs.
+    "norm_first": (False,),
+    "share_conv_kernel": (False,),
+    "use_rope": (False,),
+    "elementwise_affine": (True,),
 }
 # Fields that choose a kernel, bound a length that nothing depends on, or matter in training alone.
 _IDLE = {
     *("attn_mode", "max_position_embeddings", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy"),
     *("fuse_linear_cross_entropy", "use_l2warp", "architectures", "transformers_version", "dtype"),
+    # What transformers' configs of all kinds had or have, and these models do not look at.
+    *("is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"),
+    *("pruned_heads", "rope_scaling", "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward"),
+    *("output_hidden_states", "return_dict", "problem_type", "id2label", "label2id", "finetuning_task", "prefix"),
+    *("task_specific_params", "tokenizer_class"),
 }
 
 
@@ -69,10 +80,24 @@ def translate(config: dict[str, Any]) -> OSDNConfig:
         for name, takes in _TAKES.items()
         if name in config and config[name] not in takes
     ]
-    wrong += [f"{name}: got {config[name]!r}, a field that is not known" for name in sorted(set(config) - known)]
+    unknown = sorted(name for name in set(config) - known if not name.startswith("_"))
+    wrong += [f"{name}: got {config[name]!r}, a field that is not known" for name in unknown]
+    c = {name: config.get(name, default) for name, default in read.items()}
+    for name, got in c.items():
+        default = read[name]
+        if name in (*_MLP, "num_v_heads"):
+            fits, takes = got is None or type(got) is int, "an int or None"
+        elif isinstance(default, float):
+            fits, takes = type(got) in (int, float), "a number"
+        else:
+            fits, takes = (
+                name.endswith("_token_id") or type(got) is type(default),
+                "a bool" if isinstance(default, bool) else "an int",
+            )
+        wrong += [] if fits else [f"{name}: got {got!r}, takes {takes}"]
     if wrong:
         raise ValueError(f"{kind} config: {'; '.join(wrong)}")
-    c = {name: config.get(name, default) for name, default in read.items()}
+    c |= {name: float(c[name]) for name, default in read.items() if isinstance(default, float)}
     K, expand_v = c.get("head_dim"), c["expand_v"]
     if kind == "delta_net":  # both expansions are of hidden_size
         K, V = (int(c["hidden_size"] * c[name]) // c["num_heads"] for name in ("expand_k", "expand_v"))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from osdn.convert.fla import is_fla
 from osdn.data.tokenizer import checkpoint_tokenizer, digest
 from osdn.models.checkpoint import load_model, read_config
 from osdn.runs import first_line
@@ -40,6 +41,9 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
         except Exception as error:  # whatever a foreign or damaged config leads it to
+            if is_fla(fields):
+                got = f"flash-linear-attention's {fields['model_type']}"
+                raise ValueError(f"checkpoint: got {path}, {got}; takes what osdn convert makes of it") from None
             raise ValueError(f"checkpoint: got {path}, whose config cannot be used ({first_line(error)})") from error
         fields.pop("auto_map", None)  # says where the code is, not what the model is
         content = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
@@ -73,11 +77,26 @@ class Checkpoint:
             )
 
     def load(self, device: str, dtype: str) -> Any:
-        """The model, in evaluation mode, on a device. Raises as `load_model`, and ValueError for the device."""
+        """The model, in evaluation mode, on a device. Raises as `load_model`, and ValueError for the device, a dtype
+        that the model cannot run in, and a model whose logits are not finite or know of later tokens."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = load_model(self.path, dtype=dtype, any_kind=True)
         try:
-            return model.to(device)
+            model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: got {device!r}, which cannot be used ({first_line(error)})") from error
+        T = min(16, self.context or 16)
+        ids = torch.arange(T, device=model.device).remainder(self.vocab_size).repeat(2, 1)
+        ids[1, -1] = (ids[0, -1] + 1) % self.vocab_size
+        try:
+            with torch.no_grad():
+                one, other = model(input_ids=ids).logits[:, :-1].float()
+        except RuntimeError as error:  # as of experts in float64
+            raise ValueError(f"dtype: got {dtype!r}, in which {self.path} cannot run ({first_line(error)})") from error
+        if not bool(one.isfinite().all()):
+            raise ValueError(f"checkpoint: got {self.path}, whose logits are not finite; takes a trained model")
+        rounding = min(0.01, 100 * torch.finfo(model.dtype).eps)
+        if float((one - other).norm()) > rounding * float(one.norm()):
+            raise ValueError(f"checkpoint: got {self.path}, whose logits know of later tokens; takes a causal model")
+        return model

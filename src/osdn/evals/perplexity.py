@@ -148,8 +148,9 @@ def _check_carried_state(model: Any, ids: Tensor) -> None:
     second = _forward(model, ids[:, half:], cache).logits
     targets = ids[:, half + 1 :]
     off = float((_losses(second, targets) - _losses(whole[:, half:], targets)).abs().mean())
-    # A state that starts anew is off by tenths of a nat, rounding by a few eps times the number of layers.
-    if not off <= math.sqrt(torch.finfo(whole.dtype).eps):
+    # A state that starts anew is off by tenths of a nat, rounding by a few eps times the number of layers; in models of
+    # float64 some things, as angles of positions, stay in float32.
+    if not off <= math.sqrt(max(torch.finfo(x).eps for x in (whole.dtype, torch.float32))):
         raise ValueError(
             f"segment_size: a {type(model).__name__} read in two segments is off by {off:.2g} nats a token from one "
             f"read at once, its cache does not carry the state on; takes segment_size >= block_size for it"

@@ -6,10 +6,8 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -70,7 +68,9 @@ def load_whole(
                 local_files_only=True,
                 **options,
             )
-        except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        except Exception as error:  # whatever damaged or foreign files lead it to
+            if isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+                raise
             raise RunError(f"{path}: weights cannot be read ({first_line(error)})") from error
     problems = [f"{key} is {tuple(got)}, takes {tuple(takes)}" for key, got, takes in sorted(info["mismatched_keys"])]
     problems += [f"{key} is missing" for key in sorted(info["missing_keys"])]
