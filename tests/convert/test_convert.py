@@ -62,6 +62,9 @@ def test_the_same_function_as_another_implementation(kind, make_fla, tmp_path):
     assert change > 0.01
     assert change / 3 < measured(aware) < change * 3  # other tokens
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "aware").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+    assert (tmp_path / "aware").stat().st_mode == source.stat().st_mode
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

@@ -54,6 +54,7 @@ def test_end_to_end(toy, console, said, text):
     trained = load_file(out / "checkpoint-6" / "model.safetensors")
     assert all(torch.equal(p, trained[name]) for name, p in model.state_dict().items())
     assert not list(out.rglob("training_args.bin"))
+    assert len({path.stat().st_mode for path in (out / "model").iterdir()}) == 1  # weights are for the same readers
 
     text.unlink()  # a finished run is told from its results alone; the data is looked for first
     with pytest.raises(ValueError, match=r"^data: got .*text\.jsonl, which does not exist"):

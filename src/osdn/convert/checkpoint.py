@@ -25,6 +25,7 @@ from osdn.models.modeling import OSDNForCausalLM
 from osdn.nn.layer import is_preconditioner_parameter
 from osdn.nn.options import PreconditionerOptions
 from osdn.runs import RunError
+from osdn.runs.store import open_up
 
 _PROBE = 1024  # tokens
 # What may stand beside config and weights and goes along.
@@ -150,7 +151,7 @@ def _write(model: PreTrainedModel, source: Path, out: Path) -> None:
             copy = beside / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copy(path, copy)
-        beside.chmod(0o755)
+        open_up(beside)
         beside.replace(out)
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error.strerror or error})") from error

@@ -34,6 +34,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror}); what stood there before is intact") from error
 
 
+def open_up(directory: Path) -> None:
+    """Let others read what the umask lets them: mkdtemp and safetensors make files for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (directory, *directory.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 

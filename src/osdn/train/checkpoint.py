@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from osdn.runs import RunError
-from osdn.runs.store import Warn, set_aside, write_json
+from osdn.runs.store import Warn, open_up, set_aside, write_json
 
 MANIFEST = "manifest.json"
 
 
 def seal(part: Path, final: Path, stamp: str) -> None:
     """Make the directory `part` the checkpoint `final`: every file is on the disk, then its manifest, then its name."""
+    open_up(part)
     files = {path.relative_to(part).as_posix(): _size_and_hash(path, sync=True) for path in _files(part)}
     write_json(part / MANIFEST, {"stamp": stamp, "files": files})
     for directory in (part, *(path for path in part.rglob("*") if path.is_dir())):
