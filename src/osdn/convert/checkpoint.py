@@ -28,6 +28,7 @@ from osdn.runs import RunError
 from osdn.runs.store import open_up
 
 _PROBE = 1024  # tokens
+_WIDE = {"F32": 4, "F64": 8}  # bytes, by safetensors' names
 # What may stand beside config and weights and goes along.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
@@ -98,9 +99,9 @@ def _keep(model: PreTrainedModel, source: Path) -> list[str]:
                     dropped.add(re.sub(r"\d+", "*", name))
                 if name not in parameters:
                     continue
-                p, saved = parameters[name], weights.get_tensor(name)
-                if p.shape == saved.shape and saved.is_floating_point() and saved.dtype.itemsize > p.dtype.itemsize:
-                    p.data = saved
+                p, saved = parameters[name], weights.get_slice(name)
+                if list(p.shape) == saved.get_shape() and _WIDE.get(saved.get_dtype(), 0) > p.dtype.itemsize:
+                    p.data = weights.get_tensor(name)
     return sorted(dropped)
 
 
