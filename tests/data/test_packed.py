@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from osdn.data.documents import is_held_out, open_documents
 from osdn.data.mqar import IGNORE
 from osdn.data.packed import PackedRows, collate, fills_streams, held_out_rows, training_texts, unigram_entropy
-from osdn.data.tokenizer import byte_tokenizer, encode
+from osdn.data.tokenizer import byte_tokenizer, encoder
 
 BYTES = byte_tokenizer()
 
@@ -37,7 +37,7 @@ def pieces(rows):
 
 def one_epoch(documents, **options):
     """The documents of the first epoch, put together again from their pieces, and the rows."""
-    total = sum(len(encode(BYTES, example["text"])) for example in documents.source)
+    total = sum(len(encoder(BYTES)(example["text"])) for example in documents.source)
     rows = list(islice(packed(documents, **options), total // 16))
     return b"".join(pieces(rows)).split(b"\0"), rows
 
@@ -52,7 +52,7 @@ def test_a_long_document_is_copied_once(documents, monkeypatch):
             copied.append(len(part))
             return part
 
-    monkeypatch.setattr("osdn.data.packed.encode", lambda *_: Tokens(range(1600)))
+    monkeypatch.setattr("osdn.data.packed.encoder", lambda _: lambda _: Tokens(range(1600)))
     rows = list(islice(packed(documents), 100))
     assert [i for row in rows for i in row["input_ids"].tolist()] == list(range(1600))
     assert sum(copied) == 1600

@@ -10,7 +10,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from osdn.data.tokenizer import byte_tokenizer, checkpoint_tokenizer, digest, encode, load_tokenizer
+from osdn.data.tokenizer import byte_tokenizer, checkpoint_tokenizer, digest, encoder, load_tokenizer
 from osdn.generate.text import Codec
 
 BYTES = byte_tokenizer()
@@ -31,7 +31,7 @@ def test_tokens_are_the_bytes_of_utf8(saved, text):
         ids = tokenizer(text)["input_ids"]
         assert ids == list(text.encode())
         assert tokenizer.decode(ids) == text
-        assert encode(tokenizer, text) == [*ids, 0]
+        assert encoder(tokenizer)(text) == [*ids, 0]
 
 
 @given(st.binary(max_size=40))
@@ -70,8 +70,8 @@ def test_documents_and_prompts_begin_alike(template):
     opens, _, closes = template.partition("-")
     tokenizer = closed(opens, closes)
     before = [{"?": 1, "end": 300}[name] for name in opens.split()]
-    assert encode(tokenizer, "a") == [*before, 0, 300]
-    assert encode(tokenizer, "end") == [*before, 300, 300]
+    assert encoder(tokenizer)("a") == [*before, 0, 300]
+    assert encoder(tokenizer)("end") == [*before, 300, 300]
     assert Codec(tokenizer).encode("a") == [*before, 0]
 
 
@@ -91,9 +91,9 @@ def test_an_alphabet_without_a():
     tokenizer = Tokenizer(BPE({"<s>": 0, "C": 1, "G": 2}, []))
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-    assert encode(tokenizer, "CG") == Codec(tokenizer).encode("CG") == [0, 1, 2]
+    assert encoder(tokenizer)("CG") == Codec(tokenizer).encode("CG") == [0, 1, 2]
     nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({}, [])))
-    assert encode(nothing, "CG") == []
+    assert encoder(nothing)("CG") == []
 
 
 def test_a_tokenizer_that_draws(tmp_path):
@@ -109,8 +109,8 @@ def bpe(merges):
 
 
 def test_a_document_without_an_end():
-    assert encode(words(), "a") == [0]
-    assert encode(words(eos_token="end"), "a") == [0, 300]
+    assert encoder(words())("a") == [0]
+    assert encoder(words(eos_token="end"))("a") == [0, 300]
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", ""])

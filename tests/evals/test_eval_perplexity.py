@@ -140,6 +140,19 @@ def test_what_stands_before_every_text_is_context_alone(save, text):
     assert sum(sum(r["tokens"]) for r in records) == len(all_losses) < 119 * len(task)
     assert sum(sum(r["losses"]) for r in records) == pytest.approx(sum(all_losses), rel=1e-9)
     assert sum(r["hits"] for r in records) == hits
+    (text / "a.txt").write_text("x" * 6)
+    (text / "b.txt").write_text("y" * 30)
+    task = Perplexity(checkpoint, [str(text)], block_size=9, bucket_size=8, limit=1)  # "!" alone in the second bucket
+    assert [name for name in task.metrics(task.score(model, [0])) if " " in name] == [
+        "AR-hit loss",
+        "other loss",
+        "AR-hit share",
+        "perplexity 0-8",
+    ]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="! ! $A", special_tokens=[("!", 33)])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(ValueError, match="block_size: got 2, by which no token of the text is read behind another"):
+        Perplexity(Checkpoint.open(path), [str(text)], block_size=2, bucket_size=2, limit=1)
 
 
 def test_buckets_and_hits_by_hand(save, text):

@@ -388,8 +388,9 @@ def test_refused_packing(make_model, tokens):
     mask[0, 0] = 0
     with pytest.raises(ValueError, match=r"attention_mask: got zeros beside cu_seq_lens_q"):
         model(row, cu_seq_lens_q=cu, attention_mask=mask)
-    with pytest.raises(ValueError, match=r"position_ids: got a sequence that begins where none of cu_seq_lens_q does"):
-        model(row, cu_seq_lens_q=cu[[0, 2]], position_ids=restart)
+    for begins in (restart, torch.tensor([[0, *range(12)]])):  # the second with a sequence of one token
+        with pytest.raises(ValueError, match=r"position_ids: got a sequence that begins where none of cu_seq_lens_q"):
+            model(row, cu_seq_lens_q=cu[[0, 2]], position_ids=begins)
     with pytest.raises(ValueError, match=r"cu_seqlens: got \[0, 5\]"):
         model(row, cu_seq_lens_q=cu[:2], position_ids=restart)
     padded = torch.tensor([[*range(5), *[0] * 8]])

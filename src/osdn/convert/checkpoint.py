@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from osdn.runs import RunError
 from osdn.runs.store import open_up
 
 _PROBE = 1024  # tokens
-_WIDE = {"F32": 4, "F64": 8}  # bytes, by safetensors' names
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors'
 # What may stand beside config and weights and goes along.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
@@ -49,17 +50,19 @@ def convert(source: Path, out: Path, options: dict[str, Any], *, probe: Path | N
     config = read_config(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: got {out}, which is {'not empty' if out.is_dir() else 'a file'}, takes a new directory")
-    if broken := [path.name for path in source.iterdir() if not path.exists()]:
+    needed = (path for pattern in (*_COMPANIONS, "*.safetensors", "*.bin") for path in source.glob(pattern))
+    if broken := [path.name for path in needed if not path.exists()]:
         raise ValueError(f"source: got {source}, where {broken[0]} is a link to nothing; takes whole checkpoints")
     PreconditionerOptions.parse(options)  # refuses what is wrong before any weight is read
     model = _load(source, config)
-    if strange := [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]:
+    numbers = {name: x for name, x in model.state_dict().items() if x.is_floating_point() and x.dtype.itemsize > 1}
+    if strange := [name for name, x in numbers.items() if not bool(x.isfinite().all())]:
         raise ValueError(f"source: got {source}, whose {strange[0]} is not finite")
     tokens = _probe_tokens(source, model, probe)
     before = _logits(model, tokens)
     precondition_model(model, options)
     change = _change(before, _logits(model, tokens))
-    dropped = _keep(model, source)
+    dropped = _keep(model, source, config)
     _write(model, source, out)
     new = sum(p.numel() for name, p in model.named_parameters() if is_preconditioner_parameter(name))
     where = "random tokens" if probe is None else f"tokens of {probe}"
@@ -70,10 +73,10 @@ def convert(source: Path, out: Path, options: dict[str, Any], *, probe: Path | N
     )
 
 
-def _load(source: Path, config: dict[str, Any]) -> PreTrainedModel:
+def _load(source: Path, config: dict[str, Any], dtype: str = "auto") -> PreTrainedModel:
     """The model as it is; refuses what cannot take a preconditioner before it reads a weight."""
     if is_fla(config):
-        return load_whole(OSDNForCausalLM.from_pretrained, source, config=translate(config))
+        return load_whole(OSDNForCausalLM.from_pretrained, source, dtype=dtype, config=translate(config))
     name = (config.get("architectures") or ["none"])[0]
     host = OSDNForCausalLM if config["model_type"] == "osdn" else getattr(transformers, name, None)
     if host is None:
@@ -83,34 +86,40 @@ def _load(source: Path, config: dict[str, Any]) -> PreTrainedModel:
         raise ValueError(f"source: got {source}, which has its preconditioner already")
     with torch.device("meta"):
         find_hosts(host(AutoConfig.from_pretrained(source)))
-    return load_whole(host.from_pretrained, source)
+    return load_whole(host.from_pretrained, source, dtype=dtype)
 
 
-@torch.no_grad()
-def _keep(model: PreTrainedModel, source: Path) -> list[str]:
-    """Give parameters that transformers has rounded to the dtype of most, as decays, what `source` holds of them.
-    Returns the names of what transformers leaves out without a word, numbers as *."""
-    parameters, silent = dict(model.named_parameters()), model._keys_to_ignore_on_load_unexpected or []
-    dropped = set[str]()
-    for file in _weights(source):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118, no mapping
-                if any(re.search(pattern, name) for pattern in silent):
-                    dropped.add(re.sub(r"\d+", "*", name))
-                if name not in parameters:
-                    continue
-                p, saved = parameters[name], weights.get_slice(name)
-                if list(p.shape) == saved.get_shape() and _WIDE.get(saved.get_dtype(), 0) > p.dtype.itemsize:
-                    p.data = weights.get_tensor(name)
-    return sorted(dropped)
+def _keep(model: PreTrainedModel, source: Path, config: dict[str, Any]) -> list[str]:
+    """Give parameters that were rounded on loading, to the dtype of the whole, what `source` holds of them. Returns
+    patterns of what transformers leaves out of it without a word."""
+    saved = dict(_saved(source))
+    silent = [x for x in model._keys_to_ignore_on_load_unexpected or [] if any(re.search(x, name) for name in saved)]
+    widest = max(saved.values(), key=lambda dtype: dtype.itemsize, default=model.dtype)
+    if widest.is_floating_point and widest.itemsize > model.dtype.itemsize:
+        exact = _load(source, config, str(widest).removeprefix("torch."))
+        parameters = dict(model.named_parameters())
+        for name, p in exact.named_parameters():
+            if not torch.equal(p, p.to(parameters[name].dtype).to(p.dtype)):
+                parameters[name].data = p.data
+    return sorted(x.removeprefix("^") for x in silent)
 
 
-def _weights(source: Path) -> list[Path]:
-    """The safetensors files that transformers reads."""
-    index, one = source / "model.safetensors.index.json", source / "model.safetensors"
-    if one.exists() or not index.exists():
-        return [one] if one.exists() else []
-    return [source / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+def _saved(source: Path) -> Iterator[tuple[str, torch.dtype]]:
+    """Names and dtypes in the files that transformers reads weights from."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        files, index = [name] * (source / name).exists(), source / f"{name}.index.json"
+        if not files and index.exists():
+            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        for file in files:
+            if file.endswith(".bin"):
+                tensors = torch.load(source / file, map_location="meta", weights_only=True)
+                yield from ((key, x.dtype) for key, x in tensors.items())
+                continue
+            with safe_open(source / file, "pt") as weights:
+                for key in weights.keys():  # noqa: SIM118, no mapping
+                    yield key, _DTYPES.get(weights.get_slice(key).get_dtype(), torch.bool)
+        if files:
+            return
 
 
 def _probe_tokens(source: Path, model: PreTrainedModel, probe: Path | None) -> Tensor:

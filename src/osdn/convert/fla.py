@@ -30,6 +30,11 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _MLP = {"hidden_ratio": 4, "intermediate_size": None}
+_OR_NONE: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("intermediate_size", "num_v_heads", "pad_token_id", "bos_token_id"), (int,)),
+    "hidden_ratio": (int, float),
+    "eos_token_id": (int, list),
+}
 # Fields that change the mathematics, with what OSDN computes.
 _TAKES: dict[str, tuple[Any, ...]] = {
     "use_short_conv": (True,),
@@ -85,16 +90,10 @@ def translate(config: dict[str, Any]) -> OSDNConfig:
     c = {name: config.get(name, default) for name, default in read.items()}
     for name, got in c.items():
         default = read[name]
-        if name in (*_MLP, "num_v_heads"):
-            fits, takes = got is None or type(got) is int, "an int or None"
-        elif isinstance(default, float):
-            fits, takes = type(got) in (int, float), "a number"
-        else:
-            fits, takes = (
-                name.endswith("_token_id") or type(got) is type(default),
-                "a bool" if isinstance(default, bool) else "an int",
-            )
-        wrong += [] if fits else [f"{name}: got {got!r}, takes {takes}"]
+        kinds = _OR_NONE.get(name) or ((int, float) if isinstance(default, float) else (type(default),))
+        if type(got) not in kinds and not (got is None and name in _OR_NONE):
+            takes = [*(kind.__name__ for kind in kinds), *["None"] * (name in _OR_NONE)]
+            wrong.append(f"{name}: got {got!r}, takes {' or '.join(takes)}")
     if wrong:
         raise ValueError(f"{kind} config: {'; '.join(wrong)}")
     c |= {name: float(c[name]) for name, default in read.items() if isinstance(default, float)}

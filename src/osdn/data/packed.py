@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from osdn.data.documents import Documents, is_held_out
 from osdn.data.mqar import IGNORE
-from osdn.data.tokenizer import encode
+from osdn.data.tokenizer import encoder
 
 Row = dict[str, Tensor]
 Position = dict[str, Any]
@@ -67,7 +67,7 @@ class PackedRows(IterableDataset):
         start: Position = {"epoch": 0, "block": 0, "source": None, "document": 0, "token": 0}
         place = start | self.positions.get(stream, {})
         epoch, block, source, document, token = place.values()
-        row = _Row(self.context)
+        row, encode = _Row(self.context), encoder(self.tokenizer)
         while True:
             part = split_dataset_by_node(self.documents.source, stream, self.streams)
             if source is not None:
@@ -76,7 +76,7 @@ class PackedRows(IterableDataset):
             while some := list(islice(texts, self.shuffle)):
                 order = np.random.default_rng([self.seed, stream, epoch, block]).permutation(len(some))
                 for i in range(document, len(some)):
-                    ids = encode(self.tokenizer, some[order[i]])
+                    ids = encode(some[order[i]])
                     while token < len(ids):
                         token += row.fill(ids, token)
                         if row.is_full:
@@ -109,12 +109,12 @@ def held_out_rows(
     So that they come from many documents, each gives at most its part of rows * context tokens, from its middle: of as
     many parts as there are documents, or rows.
     """
-    row, found = _Row(context), list[Row]()
+    row, found, encode = _Row(context), list[Row](), encoder(tokenizer)
     texts = (text for text in _texts(documents.source, documents) if is_held_out(text, share))
     first = list(islice(texts, rows))
     most = math.ceil(rows * context / max(1, len(first)))
     for text in chain(first, texts):
-        ids = encode(tokenizer, text)
+        ids = encode(text)
         begin = max(0, len(ids) - most) // 2
         ids, begin = ids[begin : begin + most], 0
         while begin < len(ids) and len(found) < rows:

@@ -78,13 +78,18 @@ def checkpoint_tokenizer(checkpoint: Path, vocab_size: int) -> PreTrainedTokeniz
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
     """Tokens of a document: behind what the tokenizer puts before every text, if anything, and closed by the
     end-of-text token where there is one. What looks like a special token in the text is text.
     """
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    before = opening(tokenizer)
     closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*opening(tokenizer), *ids, *closing]
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return [*before, *ids, *closing]
+
+    return encode
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -104,7 +109,7 @@ def digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Short hash of what texts become: of the vocabulary, which of it is special, and a sample text's tokens."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     words = " ".join(name for name, _ in vocabulary[:: max(1, len(vocabulary) // 1000)])
-    splits = encode(tokenizer, f"{_SAMPLE}{words}")
+    splits = encoder(tokenizer)(f"{_SAMPLE}{words}")
     return hashlib.sha256(json.dumps([vocabulary, sorted(tokenizer.all_special_ids), splits]).encode()).hexdigest()[:12]
 
 

@@ -20,7 +20,7 @@ from osdn.compare.config import Experiment
 from osdn.compare.train import build
 from osdn.data import MQAR
 from osdn.data.text import VOCAB_SIZE, read_bytes, spread_blocks
-from osdn.data.tokenizer import checkpoint_tokenizer, encode, has_tokenizer
+from osdn.data.tokenizer import checkpoint_tokenizer, encoder, has_tokenizer
 from osdn.diagnostics.config import Diagnose
 from osdn.diagnostics.measure import diagnose
 from osdn.diagnostics.page import page
@@ -136,11 +136,11 @@ def _encoder(config: Diagnose, vocabulary: int) -> Encode:
         return lambda text: torch.frombuffer(bytearray(text), dtype=torch.uint8)
     if not has_tokenizer(source):
         raise ValueError(f"tokenizer: got {source}, without a tokenizer's files; takes a directory with them, or bytes")
-    tokenizer = checkpoint_tokenizer(source, vocabulary)
+    encode = encoder(checkpoint_tokenizer(source, vocabulary))
 
     def ids(text: bytes) -> Tensor:
         documents = text.decode(errors="replace").split("\0")[:-1]  # a byte 0 stands behind each
-        return torch.tensor([token for document in documents for token in encode(tokenizer, document)])
+        return torch.tensor([token for document in documents for token in encode(document)])
 
     return ids
 

@@ -67,7 +67,8 @@ class Checkpoint:
 
     @property
     def context(self) -> int | None:
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return most if most is not None and most > 0 else None
 
     def require(self, tokens: int, what: str) -> None:
         """Raises ValueError where `tokens` are more than the model can read: nothing is truncated behind one's back."""
@@ -92,10 +93,11 @@ class Checkpoint:
         try:
             with torch.no_grad():
                 one, other = model(input_ids=ids).logits[:, :-1].float()
-        except RuntimeError as error:  # as of experts in float64
-            raise ValueError(f"dtype: got {dtype!r}, in which {self.path} cannot run ({first_line(error)})") from error
+        except Exception as error:  # whatever a model has to say, as experts of float64
+            how = f"with dtype {dtype} on {device} ({first_line(error)})"
+            raise ValueError(f"checkpoint: got {self.path}, which cannot run {how}") from error
         if not bool(one.isfinite().all()):
-            raise ValueError(f"checkpoint: got {self.path}, whose logits are not finite; takes a trained model")
+            raise ValueError(f"checkpoint: got {self.path}, whose logits are not finite in {model.dtype}")
         rounding = min(0.01, 100 * torch.finfo(model.dtype).eps)
         if float((one - other).norm()) > rounding * float(one.norm()):
             raise ValueError(f"checkpoint: got {self.path}, whose logits know of later tokens; takes a causal model")

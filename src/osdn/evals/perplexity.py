@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from osdn.data.text import ar_hits
-from osdn.data.tokenizer import encode, opening
+from osdn.data.tokenizer import encoder, opening
 from osdn.evals.checkpoint import Checkpoint
 from osdn.evals.documents import read_texts
 from osdn.evals.results import Metric, Record, ratio
@@ -51,7 +51,7 @@ class Perplexity:
             raise ValueError(f"bucket_size: got {bucket_size}, takes an int >= 2: the first token has no loss")
         texts, self.data = read_texts("text", text, text_field=text_field, held_out=held_out)
         tokenizer = checkpoint.tokenizer
-        documents, before = [encode(tokenizer, text) for text in texts], len(opening(tokenizer))
+        documents, before = list(map(encoder(tokenizer), texts)), len(opening(tokenizer))
         tokens = np.concatenate([np.array(document, np.int32) for document in documents])
         counted = np.concatenate([np.arange(len(document)) >= before for document in documents])
         count = len(tokens) // block_size
@@ -59,6 +59,8 @@ class Perplexity:
             raise ValueError(f"block_size: got {block_size}, takes 2 to {len(tokens)}, the tokens there are in text")
         used = min(count, limit) if limit else count
         self.blocks, self.counted = (x[: used * block_size].reshape(used, block_size) for x in (tokens, counted))
+        if not self.counted[:, 1:].any():
+            raise ValueError(f"block_size: got {block_size}, by which no token of the text is read behind another")
         self.bucket_size, self.segment_size = bucket_size, segment_size
         self.policy: dict[str, Any] = {
             "block_size": block_size,
@@ -109,7 +111,10 @@ class Perplexity:
         T = self.blocks.shape[1]
         for i in range(len(records[0]["tokens"])):
             start, end = i * self.bucket_size, min((i + 1) * self.bucket_size, T)
-            part = ratio([r["losses"][i] for r in records], [r["tokens"][i] for r in records])
+            counts = [r["tokens"][i] for r in records]
+            if not sum(counts):
+                continue
+            part = ratio([r["losses"][i] for r in records], counts)
             found[f"perplexity {start}-{end}"] = _exp(part) | {"x": (start + end) / 2}
         return found
 

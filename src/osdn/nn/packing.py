@@ -56,7 +56,9 @@ def check_ids(name: str, x: object, B: int, T: int) -> None:
 
 def check_agreement(cu_seqlens: object, position_ids: Tensor) -> None:
     """Raises ValueError where positions `[1, T]` begin a sequence and cu_seqlens, `[N + 1]`, has none beginning."""
-    starts = (position_ids[0].diff() < 0).nonzero()[:, 0] + 1  # what stays the same is padding
+    steps = position_ids[0].diff()
+    rises = torch.cat([steps[1:] > 0, steps.new_zeros(1) > 0])[: len(steps)]
+    starts = ((steps < 0) | (steps == 0) & rises).nonzero()[:, 0] + 1  # what stays the same is padding
     if isinstance(cu_seqlens, Tensor) and not bool(torch.isin(starts, cu_seqlens.to(starts)).all()):
         raise ValueError("position_ids: got a sequence that begins where none of cu_seq_lens_q does, takes none such")
 

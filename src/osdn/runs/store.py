@@ -39,7 +39,9 @@ def open_up(directory: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in (directory, *directory.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        inherited = path.stat().st_mode & 0o7000
+        with suppress(OSError):  # of file systems without modes
+            path.chmod(inherited | (0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -97,9 +99,10 @@ def claim(out: Path, identity: dict[str, Any], warn: Warn) -> Iterator[None]:
 def _identity(results: Path) -> Any:
     """As the results of a run tell it; None where there are none that do."""
     try:
-        return json.loads(results.read_bytes())["identity"]
+        identity = json.loads(results.read_bytes())["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return identity if isinstance(identity, dict) else None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
