@@ -79,8 +79,8 @@ def checkpoint_tokenizer(checkpoint: Path, vocab_size: int) -> PreTrainedTokeniz
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """Tokens of a document: behind what the tokenizer puts before every text, if anything, and closed by the
-    end-of-text token where there is one. What looks like a special token in the text is text.
+    """The function from a document to its tokens: behind what the tokenizer puts before every text, if anything, and
+    closed by the end-of-text token where there is one. What looks like a special token in the text is text.
     """
     before = opening(tokenizer)
     closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -10,7 +10,7 @@ import tyro
 
 RECALL = ("fda", "fda_twice", "swde", "swde_twice", "squad", "squad_twice")
 TASKS = ("perplexity", "mqar", *RECALL)
-_OPTIONS = {
+_OPTIONS = {  # and the tasks they are for
     ("text", "text_field", "held_out", "block_size", "bucket_size", "segment_size"): ("perplexity",),
     ("cloze", "window"): RECALL,
     ("pairs", "seq_len", "passes", "vocab_size", "seed"): ("mqar",),

@@ -22,10 +22,10 @@ from osdn.models.configuration import cache_name
 class Perplexity:
     """exp of the mean loss on blocks of T tokens, each read from an empty state, by what stands before a token.
 
-    Documents, see `osdn.data.tokenizer.encode`, are put one behind the other and cut into blocks. The token at position
-    t of a block, t = 1 .. T-1, has t tokens of context, and counts in bucket t // bucket_size; what the tokenizer puts
-    before every text is context alone, since training need not teach it. An AR-hit is a token that completes a bigram
-    seen earlier in its block (`osdn.data.ar_hits`).
+    Documents, see `osdn.data.tokenizer.encoder`, are put one behind the other and cut into blocks. The token at
+    position t of a block, t = 1 .. T-1, has t tokens of context, and counts in bucket t // bucket_size; what the
+    tokenizer puts before every text is context alone, since training need not teach it. An AR-hit is a token that
+    completes a bigram seen earlier in its block (`osdn.data.ar_hits`).
 
     A block goes through the model in segments, so that memory does not grow with its length, but for what the model
     itself keeps of the past.
