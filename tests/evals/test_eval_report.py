@@ -57,6 +57,17 @@ def test_tables():
     assert "0.75 ± 0.01" in console.file.getvalue()
 
 
+def test_dtypes_are_told_where_they_differ():
+    results = [copy.deepcopy(RESULTS[i]) for i in (0, 0, 2)]
+    results[0]["checkpoint"]["dtype"] = results[2]["checkpoint"]["dtype"] = "float32"
+    results[1]["checkpoint"]["dtype"] = "bfloat16"
+    assert Report(results).table("recall")[0] == ["recall", "one (float32)", "one (bfloat16)", "two (float32)"]
+    results[0]["checkpoint"]["sha256"] = "123456789"
+    assert Report(results).table("recall")[0][1:3] == ["one (123456, float32)", "one (oneone, bfloat16)"]
+    results[1]["checkpoint"]["dtype"] = "float32"
+    assert Report(results).table("recall")[0] == ["recall", "one (123456)", "one (oneone)", "two"]
+
+
 @pytest.mark.parametrize("kind", ["recall", "perplexity"])
 def test_figures(kind):
     assert Report(RESULTS).figure(kind).startswith(b"\x89PNG")

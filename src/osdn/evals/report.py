@@ -34,11 +34,13 @@ class Report:
         for result in results:
             _check_comparable(first.setdefault(result["task"], result), result)
             names.setdefault((result["kind"], result["checkpoint"]["name"]), set()).add(result["checkpoint"]["sha256"])
+        dtypes = {result["checkpoint"].get("dtype") for result in results} - {None}
         self.kinds: dict[str, dict[str, dict[str, Metric]]] = {}  # kind -> checkpoint -> metric
         self.notes = list[str]()
         for result in results:
-            name, sha256 = result["checkpoint"]["name"], result["checkpoint"]["sha256"]
-            model = name if len(names[result["kind"], name]) == 1 else f"{name} ({sha256[:6]})"
+            name, sha256, dtype = (result["checkpoint"].get(key) for key in ("name", "sha256", "dtype"))
+            marks = [sha256[:6]] * (len(names[result["kind"], name]) > 1) + [dtype] * (len(dtypes) > 1)
+            model = f"{name} ({', '.join(filter(None, marks))})" if any(marks) else name
             column = self.kinds.setdefault(result["kind"], {}).setdefault(model, {})
             prefix = "" if result["task"] == result["kind"] else f"{result['task']} "
             if any(prefix + metric in column for metric in result["metrics"]):
