@@ -63,7 +63,7 @@ def main(decay: str) -> None:
     passes(narrow, BF16, FP32)
     passes(replace(narrow, **free), BF16)
     # As where sequences are long and few: each cut into segments.
-    call.CROWD, call.SEGMENT, call.SEGMENTS = 1, 1, 3
+    call.CROWD, call.SEGMENT, call.SEGMENTS = 1, (1, 1), 3
     passes(replace(wide, T=400), BF16, FP32)
     passes(replace(wide, T=400, **free), BF16)
     passes(narrow, FP32)

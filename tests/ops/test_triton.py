@@ -135,7 +135,7 @@ def test_matches_the_definition(case):
 def in_segments(few, monkeypatch, module, tokens=1):
     """Have sequences of three chunks or more split, or none; into segments of that many tokens a channel."""
     calls = sys.modules[module.Call.__module__]
-    for name, x in (("PROGRAMS", 64), ("CROWD", 1), ("SEGMENT", tokens), ("SEGMENTS", 3 if few else 1000)):
+    for name, x in (("PROGRAMS", 64), ("CROWD", 1), ("SEGMENT", (tokens, tokens)), ("SEGMENTS", 3 if few else 1000)):
         monkeypatch.setattr(calls, name, x)
     return True
 
@@ -148,22 +148,33 @@ def chains(monkeypatch, module):
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "H", "of_S", "of_d"),
+    ("B", "T", "H", "of_S", "of_d", "per_channel"),
     [
-        *((8, 4096, 8, 1, 1), (1, 4096, 8, 1, 1), (1, 65536, 8, 16, 32), (1, 8192, 16, 4, 5), (1, 7616, 16, 4, 4)),
-        *((2, 8192, 16, 4, 5), (2, 16384, 16, 4, 8), (4, 8192, 16, 1, 1), (4, 65536, 16, 1, 1)),
-        *((1, 4608, 16, 3, 3), (1, 4544, 16, 1, 1)),
+        *((8, 4096, 8, 1, 1, 0), (1, 4096, 8, 1, 1, 0), (1, 65536, 8, 16, 32, 0), (1, 8192, 16, 4, 5, 0)),
+        *((1, 7616, 16, 4, 4, 0), (2, 8192, 16, 4, 5, 0), (2, 16384, 16, 4, 8, 0), (4, 8192, 16, 1, 1, 0)),
+        *((4, 65536, 16, 1, 1, 0), (1, 4608, 16, 3, 3, 0), (1, 4544, 16, 1, 1, 0)),
+        *((1, 8192, 16, 8, 8, 1), (1, 4096, 8, 4, 4, 1), (1, 3072, 16, 3, 3, 1), (1, 3040, 16, 1, 1, 1)),
     ],
 )
-def test_sequences_are_cut_into_segments_where_they_are_few_and_long(B, T, H, of_S, of_d, monkeypatch):
-    """Of 1,536 tokens at least, and at least three."""
+def test_sequences_are_cut_into_segments_where_they_are_few_and_long(B, T, H, of_S, of_d, per_channel, monkeypatch):
+    """Of 1,536 tokens at least, or 1,024 under a decay per channel, and at least three."""
     from osdn.ops.triton import call
 
     monkeypatch.setattr(call, "INTERPRETED", False)  # chunks as on a GPU
     k = torch.empty(B, T, H, 128, dtype=torch.bfloat16, device="meta")
-    one = call.Call(k, H, 128, None, 64)
+    one = call.Call(k, H, 128, None, 64, bool(per_channel))
     segments = one.split, one.of_d().split
     assert segments == (of_S, of_d)
+
+
+@pytest.mark.parametrize(("decay", "C"), [((), 64), ((128,), 32)])
+def test_chunks_are_shorter_under_a_decay_per_channel(decay, C):
+    from osdn.ops.triton import function
+
+    x, gate = (torch.empty(1, 64, 2, *more, device="meta") for more in ((128,), ()))
+    g = torch.empty(1, 64, 2, *decay, device="meta")
+    parts = function._parts(*[x.bfloat16()] * 3, gate, g, None, None, False, [0.0] * 5, False, 1.0, 64)
+    assert parts.call.C == C
 
 
 # Of the second's sequences, some segments are empty.

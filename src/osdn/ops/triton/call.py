@@ -21,9 +21,9 @@ PROGRAMS = 128
 """Sequences are split until a pass over chunks has so many: about the processors of a GPU."""
 CROWD = 2
 """Programs of a pass of d that a processor takes side by side."""
-SEGMENT = 12
-"""Tokens for each channel of a key or value that a segment has at least, by sequences' mean length: in bf16, a tenth of
-what is kept is then of segments."""
+SEGMENT = 12, 8
+"""Tokens for each channel of a key or value that a segment has at least, by sequences' mean length, and so many under a
+decay per channel, whose passes take longer: in bf16, a tenth of what is kept is then of segments, and a sixth."""
 SEGMENTS = 3
 """Segments that a sequence is cut into at least, if at all: of two, each would have half of what there is to do, twice,
 and there would be no maps."""
@@ -40,6 +40,8 @@ class Call:
     V: int
     cu_seqlens: Tensor | None
     chunk_size: int
+    per_channel: bool = False
+    """Whether S has a decay per channel."""
     crowd: int = 1
     """Programs of a pass over chunks that a processor takes side by side."""
 
@@ -51,8 +53,9 @@ class Call:
 
     @cached_property
     def C(self) -> int:
-        # Products of fp32, all before Hopper and those on AMD's take operands and sums from registers.
-        small = self.BK > 128 or capability(self.k.device) < 90
+        # Products of fp32, all before Hopper and those on AMD's take operands and sums from registers, of which those
+        # with a decay per channel worked into them have too few for 64.
+        small = self.per_channel or self.BK > 128 or capability(self.k.device) < 90
         longest = 16 if self.DT is tl.float32 and self.BK > 64 else 32 if small else 64
         return max(16, min(self.chunk_size, longest))
 
@@ -106,7 +109,7 @@ class Call:
     def split(self) -> int:
         """Segments, worked on side by side, that each sequence is cut into where there are few of these and heads."""
         rows, programs = self.N * self.HV, self.crowd * PROGRAMS
-        least = -(-SEGMENT * max(self.k.shape[3], self.V) // self.C)
+        least = -(-SEGMENT[self.per_channel] * max(self.k.shape[3], self.V) // self.C)
         most = min(programs // rows, self.chunk_count // self.N // least)
 
         def time(split: int) -> float:

@@ -242,15 +242,9 @@ def _parts(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, forget: Tensor | None, cu_seqlens: Tensor | None,
     preconditioned: bool, rule: list[float], l2norm: bool, scale: float, chunk_size: int,
 ) -> _Delta:  # fmt: skip
-    call = _call(k, v, g, cu_seqlens, chunk_size)
+    call = Call(k, v.shape[2], v.shape[3], cu_seqlens, chunk_size, g is not None and g.ndim == 4)
     own = _Rule(call.of_d(), k, beta, forget, _preconditioner(rule), l2norm) if preconditioned else None
     return _Delta(call, q, k, v, beta, g, own, l2norm, scale)
-
-
-def _call(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int) -> Call:
-    # A decay per channel is worked into the products, for which chunks of 64 have too few registers.
-    longest = 32 if g is not None and g.ndim == 4 else 64
-    return Call(k, v.shape[2], v.shape[3], cu_seqlens, min(chunk_size, longest))
 
 
 def _numbers(p: Preconditioner) -> list[float]:
