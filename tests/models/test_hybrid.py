@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -119,6 +120,15 @@ def test_the_same_function_at_first(name):
     assert torch.equal(free.generate(X[:, :20], max_new_tokens=8, do_sample=False, pad_token_id=0), generated)
     aware = osdn.precondition_model(model, {"feedback": "beta_aware"})
     assert difference(logits(aware, X), expected) > 5e-3
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_weights_that_accelerate_keeps_elsewhere(name):
+    model = make_active(name)
+    expected = logits(model, X)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert layers(model)[0].conv1d.weight.is_meta
+    assert torch.equal(logits(model, X), expected)
 
 
 @pytest.mark.parametrize("name", HOSTS)

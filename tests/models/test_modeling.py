@@ -3,6 +3,7 @@
 import json
 import math
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -342,6 +343,21 @@ def test_dynamo_finds_no_break_in_the_model(make_model, tokens, monkeypatch):
     expected = model(tokens, use_cache=False).logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deltanet", "apf", "os-gdn", "os-kda"])
+def test_weights_that_accelerate_keeps_elsewhere(name, make_model, tokens):
+    model = make_model(name, double=False)
+
+    def found():
+        with torch.no_grad():
+            generated = model.generate(tokens, max_new_tokens=4, do_sample=False)
+            return model(tokens).logits, generated
+
+    expected = found()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert model.model.layers[0].attn.q_conv1d.weight.is_meta
+    assert all(map(torch.equal, found(), expected))
 
 
 # Refusals.

@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from osdn.models.configuration import CACHE, OSDNConfig
+from osdn.nn.conv import kernel_of
 from osdn.nn.layer import DeltaMixer, OnlineScaledDeltaNet, Projections, is_preconditioner_parameter
 from osdn.nn.options import PreconditionerOptions
 from osdn.nn.packing import Packing, check_agreement, check_ids, find_packing
@@ -53,7 +54,7 @@ class PreconditionedHost(DeltaMixer):
 
     def _project(self, x: Tensor) -> Projections:
         qkv, b, g, gate = _HOSTS[self.kind].project(self, x)
-        return Projections(qkv, self.get_parameter("conv1d.weight"), b, g, gate)
+        return Projections(qkv, kernel_of(cast(nn.Conv1d, self.conv1d), x.device), b, g, gate)
 
     def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

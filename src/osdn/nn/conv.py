@@ -7,7 +7,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def kernel_of(conv: nn.Conv1d, device: torch.device) -> Tensor:
+    """The weight `[D, 1, W]` of a depthwise convolution, on the device of its input.
+
+    Where accelerate offloads it, it is there only while the module is called: then as the answer to an impulse, the
+    same to the bit.
+    """
+    if not conv.weight.is_meta:
+        return conv.weight
+    D, _, W = conv.weight.shape
+    impulse = torch.zeros(1, D, 2 * W - 1 - 2 * int(conv.padding[0]), dtype=conv.weight.dtype, device=device)
+    impulse[..., impulse.shape[2] // 2] = 1
+    return conv(impulse)[0].flip(-1)[:, None]
 
 
 def causal_conv1d(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from osdn.nn.conv import causal_conv1d
+from osdn.nn.conv import causal_conv1d, kernel_of
 from osdn.nn.norm import RMSNorm
 from osdn.nn.options import PreconditionerOptions
 from osdn.nn.packing import Packing, find_packing
@@ -395,7 +395,7 @@ class OnlineScaledDeltaNet(DeltaMixer):
     def _project(self, x: Tensor) -> Projections:
         return Projections(
             torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1),
-            torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]),
+            torch.cat([kernel_of(conv, x.device) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]),
             self.b_proj(x),
             self._log_decay(x),
             None if self.output_gate == "none" else self.g_proj(x),
