@@ -155,7 +155,7 @@ def test_a_cache_without_d_is_refused(make_model, tokens):
     model, cache = make_model("apf"), OSDNCache(make_model("apf").config)
     with torch.no_grad():
         model(tokens[:, :6], past_key_values=cache)
-        cache.restore({name: x for name, x in cache.snapshot().items() if name != "1.d"})
+        cache.layers[1].recurrent_states[1] = None
         for piece in (tokens[:, 6:], tokens[:, 6:7]):
             with pytest.raises(ValueError, match="past_key_values: got a cache with S and without d, takes one that a"):
                 model(piece, past_key_values=copy.deepcopy(cache))
@@ -180,13 +180,44 @@ def test_beams_from_a_restored_prefix(name, make_model, tokens):
         assert torch.equal(out, model.generate(tokens, use_cache=False, **kwargs))
 
 
-@pytest.mark.parametrize("change", ["layers", "count", "part", "name"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_cache(name, make_model, tokens):
+    model, cache = make_model(name), OSDNCache(make_model(name).config)
+    with torch.no_grad():
+        model(tokens[:, :6], past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)
+        ends = tokens[[2, 2, 0, 0], 6:].flip(1)
+        whole = model(torch.cat([tokens[[2, 2, 0, 0], :6], ends], 1), use_cache=False).logits[:, 6:]
+        torch.testing.assert_close(model(ends, past_key_values=cache).logits, whole, **EXACT)
+    with pytest.raises(ValueError, match="crop: S and d cannot be rolled back; take a snapshot"):
+        cache.crop(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "got"),
+    [
+        ("1.conv", lambda x: x[:, 1:], r"1.conv torch.float64 \(3, 71, 4\)"),
+        ("0.S", lambda x: x.mT[..., 1:], r"0.S torch.float64 \(3, 2, 12, 11\)"),
+        ("0.d", torch.Tensor.bfloat16, r"0.d torch.bfloat16 \(3, 2, 12\)"),
+        ("1.S", lambda x: x[:2], r"1.S torch.float64 \(2, 2, 12, 12\)"),
+    ],
+)
+def test_snapshots_of_other_shapes(name, change, got, make_model, tokens):
+    cache = make_model()(tokens, use_cache=True).past_key_values
+    snapshot = cache.snapshot()
+    snapshot[name] = change(snapshot[name])
+    with pytest.raises(ValueError, match=f"snapshot: got {got}, takes "):
+        cache.restore(snapshot)
+
+
+@pytest.mark.parametrize("change", ["layers", "count", "part", "d", "name"])
 def test_snapshots_that_do_not_fit(change, make_model, tokens):
     model = make_model(num_hidden_layers=3 if change == "layers" else 2)
     cache = OSDNCache(make_model().config)
     snapshot = model(tokens, use_cache=True).past_key_values.snapshot()
-    if change in ("count", "part"):
-        del snapshot["seen_tokens" if change == "count" else "1.S"]
+    if lost := {"count": "seen_tokens", "part": "1.S", "d": "1.d"}.get(change):
+        del snapshot[lost]
     if change == "name":
         snapshot["x"] = tokens
     with pytest.raises(ValueError, match=r"snapshot: got keys 0.S, .*, takes a snapshot of 2 layers"):

@@ -418,6 +418,25 @@ def test_refused_packing(make_model, tokens):
             model(row, past_key_values=cache, **kwargs)
 
 
+@torch.no_grad()
+def test_a_sequence_that_begins_beside_the_cache_of_another(make_model, tokens):
+    model, goes_on = make_model(), torch.arange(5, 13)[None]
+    cache = model(tokens[:, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="position_ids: got a sequence that begins beside the"):
+        model(tokens[:, 5:], past_key_values=cache, position_ids=torch.arange(8)[None])
+    whole = model(tokens).logits[:, 5:]
+    found = model(tokens[:, 5:], past_key_values=cache, position_ids=goes_on).logits
+    torch.testing.assert_close(found, whole, **EXACT)
+    # A row that was padding until now has no sequence before it.
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = model(tokens[:, :5], use_cache=True, attention_mask=mask[:, :5]).past_key_values
+    found = model(tokens[:, 5:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, 5:]).logits
+    whole = model(tokens, attention_mask=mask).logits[:, 5:]
+    torch.testing.assert_close(found[mask[:, 5:] == 1], whole[mask[:, 5:] == 1], **EXACT)
+
+
 def test_a_trainer_of_the_users_own_evaluates(make_model, tokens, tmp_path):
     """Trainer takes every argument of forward that is named like labels for one that its data must have."""
     model = make_model(double=False)

@@ -260,6 +260,31 @@ def test_forward_mode_is_refused_where_it_would_be_silently_zero():
             call(**x, backend="chunked")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_is_refused_in_compiled_graphs():
+    x = {n: torch.randn(1, 5, 2, 4) for n in ("q", "k", "v")} | {"beta": torch.rand(1, 5, 2)}
+    compiled = torch.compile(lambda v: call(**x | {"v": v}, backend="chunked")[0], backend="aot_eager")
+    expected = compiled(x["v"])
+    inside = torch.compile(lambda v: torch.func.jvp(compiled, (v,), (v,))[1], backend="aot_eager")
+    message = "'chunked' under forward-mode differentiation, takes 'reference'"
+    with pytest.raises(ValueError, match=message):
+        inside(x["v"])
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=message):
+        compiled(forward_ad.make_dual(x["v"], x["v"].clone()))
+    assert torch.equal(compiled(x["v"]), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_offsets_are_checked_in_compiled_graphs(backend):
+    x = {n: torch.randn(1, 70, 2, 4) for n in ("q", "k", "v")} | {"beta": torch.rand(1, 70, 2)}
+    compiled = torch.compile(lambda cu: call(**x, cu_seqlens=cu, backend=backend)[0], backend="aot_eager")
+    good = torch.tensor([0, 30, 70])
+    torch.testing.assert_close(compiled(good), call(**x, cu_seqlens=good, backend=backend)[0])
+    for bad in ([0, 50, 10, 70], [0, 30, 60]):
+        with pytest.raises(ValueError, match=r"cu_seqlens: got .*, takes offsets from 0 to T = 70"):
+            compiled(torch.tensor(bad))
+
+
 @pytest.mark.parametrize(
     ("gpu", "version", "taken"),
     [("sm_90", "3.9", True), ("sm_90", "3.6", True), ("sm_80", "3.9", False), ("sm_90", "3.7", False)],

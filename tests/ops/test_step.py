@@ -341,6 +341,19 @@ def test_autocast_changes_nothing(backend):
     assert torch.equal(states[0].S, states[1].S)
 
 
+def test_slots_are_checked_in_compiled_graphs():
+    case = Case(T=1, K=4)
+    x = case.tensors(torch.float32)
+    compiled = torch.compile(
+        lambda slots: step(case, token(x, 0), osdn.DeltaState(x["S"], x["d"]), "reference", slots=slots),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    compiled(torch.tensor([1, -1]))
+    with pytest.raises(ValueError, match="slots: got values from -2 to 0, takes -1"):
+        compiled(torch.tensor([-2, 0]))
+
+
 def test_the_operator_is_one_to_pytorch(backend):
     """Schema, mutation and fake tensors; a compiled graph stays whole and steps in place."""
     case = Case(T=3, K=20, V=24, HV=4, decay="scalar", forget=True)

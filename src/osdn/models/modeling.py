@@ -7,20 +7,20 @@ Source: arXiv 2605.13473.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from osdn.models.configuration import CACHE, OSDNConfig
-from osdn.nn.layer import OnlineScaledDeltaNet, OutputGate, StateDecay
+from osdn.nn.layer import OnlineScaledDeltaNet, OutputGate, StateDecay, head_shape
 from osdn.nn.norm import RMSNorm
 from osdn.nn.packing import Packing, check_agreement, check_ids, find_packing
 from osdn.ops.options import check_size, refuse
@@ -40,6 +40,11 @@ class OSDNCache(DynamicCache):
     def __init__(self, config: OSDNConfig, offloading: bool = False) -> None:
         super().__init__(config=config, offloading=offloading)
         self.seen_tokens = 0
+        c = config
+        H, HV, K, V = head_shape(c.hidden_size, c.num_heads, c.head_dim, c.expand_v, c.num_v_heads)
+        self._shapes: dict[str, tuple[int, ...]] = {"conv": (2 * H * K + HV * V, c.conv_size), "S": (HV, K, V)}
+        if c.preconditioner is not None:
+            self._shapes["d"] = (HV, K)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Tokens seen, padding included, for all layers alike."""
@@ -69,13 +74,20 @@ class OSDNCache(DynamicCache):
         """Be what was snapshot, whatever was here before; sequence b in the places b * copies, b * copies + 1, ...,
         so that many continuations share one prefill. The snapshot is not written to.
 
-        Raises ValueError for a snapshot of another number of layers.
+        Raises ValueError for a snapshot of another number of layers, of other shapes or precision, or with d where
+        this has none.
         """
         names = set(snapshot) - {"seen_tokens"}
-        needed = {f"{i}.{part}" for i in range(len(self)) for part in ("conv", "S")}
-        rest = names - needed - {f"{i}.d" for i in range(len(self))}
-        if "seen_tokens" not in snapshot or rest or (names and not needed <= names):
-            refuse("snapshot", f"keys {', '.join(sorted(snapshot))}", f"a snapshot of {len(self)} layers")
+        needed = {f"{i}.{part}" for i in range(len(self)) for part in self._shapes}
+        if "seen_tokens" not in snapshot or names not in (set(), needed):
+            parts = ", ".join(self._shapes)
+            refuse("snapshot", f"keys {', '.join(sorted(snapshot))}", f"a snapshot of {len(self)} layers with {parts}")
+        B = len(snapshot["0.S"]) if names else 0
+        for name in sorted(names):
+            x, shape = snapshot[name], (B, *self._shapes[name.partition(".")[2]])
+            exact = name.endswith(".conv") or x.dtype in (torch.float32, torch.float64)
+            if tuple(x.shape) != shape or not exact:
+                refuse("snapshot", f"{name} {x.dtype} {tuple(x.shape)}", f"{shape}, S and d in float32 or float64")
         check_size("copies", copies)
         self.seen_tokens = int(snapshot["seen_tokens"])
         for i, layer in enumerate(self.layers):
@@ -85,6 +97,18 @@ class OSDNCache(DynamicCache):
                 if f"{i}.{name}" in names:
                     write(snapshot[f"{i}.{name}"].repeat_interleave(copies, 0), state_idx=state_idx)
                     fresh.has_previous_state[state_idx] = True
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Sequence b in the places b * repeats, b * repeats + 1, ..."""
+        self.restore(self.snapshot(), repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The sequences at these places, in this order."""
+        self.restore({n: x if n == "seen_tokens" else x[indices] for n, x in self.snapshot().items()})
+
+    def crop(self, *_: Any) -> NoReturn:
+        """Refused: S and d cannot be rolled back."""
+        raise ValueError("crop: S and d cannot be rolled back; take a snapshot() before, and restore() it")
 
 
 class OSDNMLP(nn.Module):
@@ -210,6 +234,8 @@ class OSDNModel(OSDNPreTrainedModel):
         if cache is not None and (packed or recomputed):
             why = "packed sequences" if packed else "gradient checkpointing, which would write it twice"
             raise ValueError(f"{CACHE}: got a cache, takes None with {why}")
+        if cache is not None and position_ids is not None and T > 1:  # decoding is not to wait for the device
+            _check_going_on(cache, position_ids.expand(B, T), attention_mask)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache and not packed and not recomputed:
@@ -331,6 +357,21 @@ def _check_kwargs(kwargs: dict[str, Any]) -> None:
         raise ValueError("is_causal: got False, takes True: the recurrence is causal")
     if not isinstance(wanted := kwargs.get("output_hidden_states"), (bool, type(None))):
         raise ValueError(f"output_hidden_states: got {wanted!r}, takes True or False")
+
+
+def _check_going_on(cache: Cache, position_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Refuse a sequence that begins, at position 0, where the cache holds another one's state."""
+    layer: Any = next(iter(cache.layers), None)
+    if not isinstance(layer, LinearAttentionCacheLayerMixin) or not layer.has_previous_state[0]:
+        return
+    B, T = position_ids.shape
+    real = torch.ones_like(position_ids) if attention_mask is None else (attention_mask[:, -T:] != 0).long()
+    first = position_ids.gather(1, real.argmax(1, keepdim=True))[:, 0]
+    begins = (first == 0) & (real.sum(1) > 0)
+    state: Tensor = layer.conv_states[0]
+    if len(state) == B and bool(state[begins.to(state.device)].any()):
+        got = f"a sequence that begins beside the {CACHE} of another"
+        raise ValueError(f"position_ids: got {got}, takes one that goes on, or no cache")
 
 
 def _packing(

@@ -7,14 +7,22 @@ Letters: B batch, T tokens, H key heads, HV value heads (a multiple of H), K key
 from __future__ import annotations
 
 import warnings
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from osdn.ops.dispatch import Choice, choose
-from osdn.ops.options import Backend, Preconditioner, check_flags, check_number, no_autocast, refuse, work_dtype
+from osdn.ops.options import (
+    Backend,
+    Preconditioner,
+    bounds_of,
+    check_flags,
+    check_number,
+    no_autocast,
+    refuse,
+    work_dtype,
+)
 from osdn.ops.state import DeltaState
 
 _warned_tie = False
@@ -57,7 +65,8 @@ def online_scaled_delta_rule(
         scale: factor of the output; None is K^-0.5.
         qk_l2norm: normalise q and k by `x * rsqrt(sum x^2 + 1e-6)`, in the work dtype.
         cu_seqlens: `[N + 1]` int32 or int64, from 0 to T, not decreasing: N sequences packed into B = 1, each with
-            its own state. Empty sequences are allowed. The values are checked on CPU only.
+            its own state. Empty sequences are allowed. The values are checked where they are on the CPU or read
+            by the backend, as `reference` and `chunked` do.
         chunk_size: a power of two up to 256; speed and memory, not the result.
         backend: "auto", "reference" (token loop), "chunked" or "triton". OSDN_BACKEND overrides "auto".
 
@@ -263,10 +272,10 @@ def _check_part(name: str, x: Tensor | None, shape: tuple[int, ...], k: Tensor, 
 
 
 def has_tangent(x: Tensor | None) -> bool:
-    """Whether forward-mode differentiation comes through x; unknown, and so no, where a graph is compiled."""
-    if x is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """Whether forward-mode differentiation comes through x; in a graph that is compiled under it, it may."""
+    if x is None or forward_ad._current_level < 0:
         return False
-    return forward_ad.unpack_dual(x).tangent is not None
+    return torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _check_differentiable(choice: Choice, *tensors: Tensor | None) -> None:
@@ -290,10 +299,7 @@ def check_packing(cu_seqlens: Tensor | None, x: Tensor) -> int:
     if cu_seqlens.device not in (x.device, torch.device("cpu")):
         refuse("cu_seqlens", cu_seqlens.device, f"{x.device} or cpu")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in pairwise(bounds)):
-            shown = bounds if len(bounds) <= 8 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"
-            refuse("cu_seqlens", shown, f"offsets from 0 to T = {T} that do not decrease")
+        bounds_of(cu_seqlens, T)
     return len(cu_seqlens) - 1
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from osdn.ops.options import Preconditioner
+from osdn.ops.options import Preconditioner, bounds_of
 from osdn.ops.scans import delta_scan, precondition_scan, segment_sums
 
 
@@ -37,7 +37,7 @@ class _Layout:
         if cu_seqlens is None:
             C = chunk_size if chunk_size <= T else min(chunk_size, 1 << (T - 1).bit_length())
             return _Layout(B, T, H, C, [B * H])
-        bounds = cu_seqlens.tolist()
+        bounds = bounds_of(cu_seqlens, T)
         spans = sorted(enumerate(pairwise(bounds)), key=lambda s: s[1][0] - s[1][1])
         longest = spans[0][1][1] - spans[0][1][0]
         C = min(chunk_size, 1 << max(longest - 1, 0).bit_length())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -45,6 +46,15 @@ def check_flags(**flags: object) -> None:
     for name, x in flags.items():
         if not isinstance(x, bool):
             refuse(name, repr(x), "True or False")
+
+
+def bounds_of(cu_seqlens: Tensor, T: int) -> list[int]:
+    """The offsets of sequences packed into T tokens; where they are on a GPU, that waits for it."""
+    bounds: list[int] = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in pairwise(bounds)):
+        shown = bounds if len(bounds) <= 8 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"
+        refuse("cu_seqlens", shown, f"offsets from 0 to T = {T} that do not decrease")
+    return bounds
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

@@ -25,7 +25,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from osdn.ops.options import Preconditioner
+from osdn.ops.options import Preconditioner, bounds_of
 
 
 def precondition(
@@ -114,7 +114,8 @@ def _by_sequence(
     """A packed batch is nothing but its sequences, one after the other, each with its own state."""
     if cu_seqlens is None:
         return run(*inputs, state)
-    bounds = cu_seqlens.tolist()
+    assert inputs[0] is not None
+    bounds = bounds_of(cu_seqlens, inputs[0].shape[1])
     parts = [
         run(*(None if x is None else x[:, a:b] for x in inputs), state[n : n + 1])
         for n, (a, b) in enumerate(pairwise(bounds))

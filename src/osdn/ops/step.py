@@ -144,8 +144,11 @@ def _operator(
     qk_l2norm: bool,
     backend: Backend,
 ) -> Tensor:
-    """For compiled graphs, which stay whole: the backend is chosen in here, out of the compiler's sight. Eager calls go
-    without, as it would cost them more of the host's time than all the rest does."""
+    """For compiled graphs, which stay whole: the backend is chosen in here, out of the compiler's sight, and values of
+    slots are looked at. Eager calls go without, as it would cost them more of the host's time than all the rest does.
+    """
+    if slots is not None:
+        _check_slots(slots, k, len(S))
     p = None if d is None else Preconditioner(eta, feedback, d_min, d_max, normalize_step)
     return _step(backend, q, k, v, beta, g, forget, S, d, slots, p, scale, qk_l2norm)
 
