@@ -341,6 +341,20 @@ def test_autocast_changes_nothing(backend):
     assert torch.equal(states[0].S, states[1].S)
 
 
+def test_a_step_goes_on_from_any_state_that_a_call_returned():
+    x = Case(T=9, K=4).tensors(torch.float32)
+    q, k, v, beta = (x[n] for n in ("q", "k", "v", "beta"))
+    start = osdn.DeltaState(x["S"].mT.contiguous().mT, x["d"])
+    _, state = osdn.online_scaled_delta_rule(
+        *(q, k, v, beta),
+        preconditioner=osdn.Preconditioner(),
+        initial_state=start,
+        output_final_state=True,
+        backend="chunked",
+    )
+    step(Case(T=1, K=4), token(x, 0), state, "reference")
+
+
 def test_slots_are_checked_in_compiled_graphs():
     case = Case(T=1, K=4)
     x = case.tensors(torch.float32)

@@ -164,7 +164,8 @@ def precondition(
 
 
 def explain(q: Tensor, *, backend: Backend = "auto") -> Choice:
-    """Which backend a call with this q takes, and why; nothing is computed.
+    """Which backend a call of the operators with this q takes, and why; nothing is computed. A decoding step takes the
+    kernels wherever a longer call would, and the definition elsewhere.
 
     `str()` of the result is one readable line. Raises ValueError as the call itself would for `backend`.
     """

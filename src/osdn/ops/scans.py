@@ -268,7 +268,7 @@ def delta_scan(
     V = vb.shape[-1]
     o = torch.empty_like(vb)
     U_all, S_all = (vb.new_empty(shape if saves else 0) for shape in ((M, C, V), (M, K, V)))
-    S = S.clone()
+    S = S.clone(memory_format=torch.contiguous_format)  # a step takes no other
     for i, n in _slices(waves, len(q)):
         S_ = S[:n]
         U = torch.linalg.solve_triangular(
