@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+import osdn
 from osdn.models import OSDNCache
 from osdn.models.configuration import CACHE, MIXERS
 from osdn.ops.step import online_scaled_delta_step
@@ -194,21 +195,35 @@ def test_rows_of_a_cache(name, make_model, tokens):
         cache.crop(3)
 
 
+def test_a_cache_of_a_layer_alone_goes_back():
+    """Its config says how many layers, and need not say of which size."""
+    torch.manual_seed(0)
+    layer = osdn.OnlineScaledDeltaNet(24, 3, layer_idx=0)
+    x, cache = torch.randn(2, 9, 24), OSDNCache(osdn.OSDNConfig(num_hidden_layers=1))
+    layer(x[:, :5], past_key_values=cache)
+    snapshot, first = cache.snapshot(), layer(x[:, 5:], past_key_values=cache)
+    cache.restore(snapshot)
+    assert torch.equal(layer(x[:, 5:], past_key_values=cache), first)
+
+
+@pytest.mark.parametrize("T", [1, 7])
 @pytest.mark.parametrize(
     ("name", "change", "got"),
     [
-        ("1.conv", lambda x: x[:, 1:], r"1.conv torch.float64 \(3, 71, 4\)"),
-        ("0.S", lambda x: x.mT[..., 1:], r"0.S torch.float64 \(3, 2, 12, 11\)"),
-        ("0.d", torch.Tensor.bfloat16, r"0.d torch.bfloat16 \(3, 2, 12\)"),
-        ("1.S", lambda x: x[:2], r"1.S torch.float64 \(2, 2, 12, 12\)"),
+        ("1.conv", lambda x: x[:, 1:], r"conv torch.float64 \(3, 71, 4\), takes \(3, 72, 4\)"),
+        ("0.S", lambda x: x.mT[..., 1:], r"S torch.float64 \(3, 2, 12, 11\), takes torch.float64 \(3, 2, 12, 12\)"),
+        ("0.d", torch.Tensor.float, r"d torch.float32 \(3, 2, 12\), takes torch.float64"),
+        ("1.S", lambda x: x[:2], r"S torch.float64 \(2, 2, 12, 12\)"),
     ],
 )
-def test_snapshots_of_other_shapes(name, change, got, make_model, tokens):
-    cache = make_model()(tokens, use_cache=True).past_key_values
+def test_states_of_other_shapes(name, change, got, T, make_model, tokens):
+    model = make_model()
+    cache = model(tokens, use_cache=True).past_key_values
     snapshot = cache.snapshot()
     snapshot[name] = change(snapshot[name])
-    with pytest.raises(ValueError, match=f"snapshot: got {got}, takes "):
-        cache.restore(snapshot)
+    cache.restore(snapshot)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"past_key_values: got {got}"):
+        model(tokens[:, :T], past_key_values=cache)
 
 
 @pytest.mark.parametrize("change", ["layers", "count", "part", "d", "name"])

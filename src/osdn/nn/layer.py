@@ -181,6 +181,8 @@ class DeltaMixer(nn.Module):
         # Decoding: S and d are the cache's own tensors and may be updated where they are.
         steps = conv_state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
         p = self._project(x)
+        if conv_state is not None:
+            self._check_held(conv_state, state, p.conv, work)
         qkv, conv_state = causal_conv1d(p.qkv, p.conv, conv_state, cu_seqlens)
         q, k, v = F.silu(qkv).split([self.H * self.K, self.H * self.K, self.HV * self.V], -1)
         q, k = q.unflatten(-1, (self.H, self.K)), k.unflatten(-1, (self.H, self.K))
@@ -258,6 +260,15 @@ class DeltaMixer(nn.Module):
         else:
             d = torch.full((self.HV, self.K), p.d_init, dtype=work, device=x.device)
         return None, DeltaState(d=d.expand(N, -1, -1))
+
+    def _check_held(self, conv_state: Tensor, state: DeltaState, weight: Tensor, work: torch.dtype) -> None:
+        """Refuse what another model, or one in another precision, has left in the cache."""
+        N, (D, _, W), (HV, K, V) = len(conv_state), weight.shape, (self.HV, self.K, self.V)
+        held = {"conv": (conv_state, (N, D, W)), "S": (state.S, (N, HV, K, V)), "d": (state.d, (N, HV, K))}
+        for name, (y, shape) in held.items():
+            if y is not None and (tuple(y.shape) != shape or (name != "conv" and y.dtype != work)):
+                takes = f"{shape}" if name == "conv" else f"{work} {shape}"
+                refuse("past_key_values", f"{name} {y.dtype} {tuple(y.shape)}", takes)
 
     def _write(self, cache: Any, conv_state: Tensor, state: DeltaState | None) -> None:
         """None: S and d have been updated in place."""
