@@ -90,7 +90,7 @@ def test_end_to_end(checkpoint, text, tmp_path, capsys):
     assert "script" not in page.tags
 
 
-def test_a_job_of_compare_gives_compares_own_ratio(tmp_path, capsys):
+def test_a_job_of_compare_gives_compares_own_ratio(tmp_path, capsys, monkeypatch):
     experiment = Experiment(
         models=("osdn-apf[d_init=0|1]",),
         seeds=1,
@@ -113,10 +113,27 @@ def test_a_job_of_compare_gives_compares_own_ratio(tmp_path, capsys):
         expected = [layer["mean"] for layer in run["residual"]["layers"]]
         assert [layer["all"]["ratio"] for layer in layers] == pytest.approx(expected, rel=1e-5)
     assert runs[0]["residual"] != runs[1]["residual"]
+    monkeypatch.chdir(job.parent)
+    assert main(["diagnose", job.name, "--data", "mqar:2x1", *flags]) == 0
+    job.with_name("osdn-apf[d_init=1]-seedbest.pt").write_bytes(job.read_bytes())
     capsys.readouterr()
+    assert main(["diagnose", "osdn-apf[d_init=1]-seedbest.pt", "--data", "mqar:2x1", *flags]) == 2
+    assert "seedbest.pt, takes jobs/<model>-seed<i>.pt below an osdn compare run's config" in capsys.readouterr().err
     job.write_bytes(job.read_bytes()[:-500])
     assert main(["diagnose", str(job), "--data", "mqar:2x1", *flags]) == 2
     assert f"checkpoint: got {job}, which cannot be loaded (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "osdn"}', "[]", "{"])
+def test_a_config_that_is_no_compare_runs_is_left_where_it_is(config, text, tmp_path, capsys):
+    (tmp_path / "hf" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hf" / "config.json").write_text(config)
+    weights = tmp_path / "hf" / "checkpoints" / "weights-seed0.pt"
+    torch.save({"a": 1}, weights)
+    assert diagnosed(weights, "--data", text, "--out", tmp_path / "out") == 2
+    assert f"osdn: checkpoint: got {weights}, takes jobs/<model>-seed<i>.pt below an osdn" in capsys.readouterr().err
+    assert [f.name for f in (tmp_path / "hf").iterdir() if f.is_file()] == ["config.json"]
+    assert (tmp_path / "hf" / "config.json").read_text() == config
 
 
 def test_missing_weights_are_not_made_up(tmp_path, text, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,9 +26,10 @@ from osdn.diagnostics.config import Diagnose
 from osdn.diagnostics.measure import diagnose
 from osdn.diagnostics.page import page
 from osdn.models.checkpoint import load_model
+from osdn.ops.options import refuse
 from osdn.runs import RunError, first_line
 from osdn.runs.provenance import provenance
-from osdn.runs.store import read_json, write_atomic, write_json
+from osdn.runs.store import write_atomic, write_json
 
 Encode = Callable[[bytes], Tensor]
 _MOST_BYTES = 1 << 26  # of one task; all of it is read, and only some blocks are used
@@ -87,12 +89,14 @@ def load_any(path: Path) -> nn.Module:
 def _model_of_a_job(path: Path) -> nn.Module:
     if not path.is_file():
         raise ValueError(f"checkpoint: got {path}, which does not exist")
-    identity = read_json(path.parents[1] / "config.json", {"models", "task"}, print)
     name, _, seed = path.stem.rpartition("-seed")
-    if identity is None or name not in identity["models"]:
-        raise ValueError(
-            f"checkpoint: got {path}, takes jobs/<model>-seed<i>.pt below an osdn compare run's config.json"
-        )
+    try:
+        identity = json.loads((path.parent.resolve().parent / "config.json").read_bytes())
+        is_job = seed.isdecimal() and name in identity["models"]
+    except (OSError, ValueError, KeyError, TypeError):  # it may be anybody's
+        is_job = False
+    if not is_job:
+        refuse("checkpoint", path, "jobs/<model>-seed<i>.pt below an osdn compare run's config.json")
     known = {key: x for key, x in identity.items() if key in Experiment.__dataclass_fields__}
     fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in known.items()}
     model = build(Experiment(**fields), name, int(seed))
