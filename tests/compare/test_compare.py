@@ -289,6 +289,39 @@ def test_another_config_is_refused_by_its_fields(tmp_path, console):
     assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.json")}
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"results.json": "[1]"},
+        {"results.json": '{"date": "of a theory run"}', "table.md": "x"},
+        {"table.md": "x", "notes.txt": "x"},
+        {"figure.png": "x", "config.json": "[]"},
+        {"1-pass/table.md": "x"},
+        {"grid.md": "x"},
+    ],
+)
+def test_what_no_run_wrote_is_not_replaced(files, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(runner, "train", None)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    command = grid if {"grid.md", "1-pass/table.md"} & files.keys() else compare
+    with pytest.raises(ValueError, match=r"^out: got \S+, whose (\w+\.\w+(, )?)+ no run wrote(;|,) takes a new path"):
+        command(ONE, out=tmp_path, console=console, workers=0)
+    assert {str(f.relative_to(tmp_path)): f.read_text() for f in tmp_path.rglob("*") if f.is_file()} == files
+
+
+def test_a_directory_with_other_files_is_taken_and_known_without_its_config(tmp_path, console):
+    (tmp_path / "notes.txt").write_text("kept")
+    run(tmp_path, console, ONE)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"a run of another config \(lr: 0.003 there, 0.1 here\)"):
+        run(tmp_path, console, replace(ONE, lr=0.1))
+    run(tmp_path, console, ONE)
+    assert "1 of 1 runs done, 0 to do" in said(console)
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
 def test_a_directory_in_which_another_works_is_refused(tmp_path, console, monkeypatch):
     with (
         claim(tmp_path, {}, print),

@@ -120,7 +120,9 @@ def test_the_command_runs_what_it_is_asked_for(experiments, tmp_path, monkeypatc
     ("arguments", "message"),
     [
         ("--only S6 S6", "only: got S6 S6, takes different names among T1 T6"),
-        ("--out held", "out: got held, which holds a run already, takes a new path"),
+        ("--out held", "out: got held, which holds results.json, takes a new path"),
+        ("--only S6 --out own", "out: got own, which holds table.md, S6.png, takes a new path"),
+        ("--out compare", "out: got compare, which holds config.json, takes a new path"),
         ("--out file", "osdn: file/results.json: cannot be written ("),
         ("--only S99", "S99"),
     ],
@@ -132,15 +134,17 @@ def test_a_bad_request_is_refused_before_any_work(arguments, message, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "EXPERIMENTS", dict.fromkeys(get_args(Name), work))
     (tmp_path / "file").write_text("kept")
-    (tmp_path / "held").mkdir()
-    (tmp_path / "held" / "results.json").write_text("kept")
+    for name in ("held/results.json", "own/table.md", "own/T1.png", "own/S6.png", "compare/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("kept")
     try:
         status = main(["theory", *arguments.split()])
     except SystemExit as end:
         status = end.code
     assert status == 2
     assert message in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == (tmp_path / "held" / "results.json").read_text() == "kept"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.read_text() for path in files] == ["kept"] * 6
 
 
 def test_every_name_is_an_experiment():

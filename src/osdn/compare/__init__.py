@@ -71,7 +71,7 @@ def compare(
     identity = experiment.identity(digest)
     stamp = fingerprint(identity)
     out = out or Path("runs") / f"{experiment.task}-{stamp}"
-    with claim(out, identity, note):
+    with claim(out, identity, note, ("results.json", "table.md", "figure.png")):
         jobs = [
             Job(experiment, m, s, out, stamp, checkpoint_every)
             for m in experiment.models
@@ -108,6 +108,7 @@ def compare(
             }
         content = {
             "stamp": stamp,
+            "identity": identity,
             **run,
             "experiment": experiment.as_dict(),
             "data": {"sha256": digest, "sources": sources},
@@ -138,10 +139,13 @@ def grid(
     baselines: by default DeltaNet and the controls, as far as they are among the models. All else as in `compare`; runs
     that fail in one setting do not keep the other from being run.
     """
+    from osdn.ops.options import refuse
     from osdn.runs.store import write_atomic
 
     out = out or Path("runs") / "grid"
     parts, contents, failures = experiment.grid(), {}, list[RunError]()
+    if (out / "grid.md").exists() and not any((out / name / "config.json").exists() for name in parts):
+        refuse("out", f"{out}, whose grid.md no run wrote", "a new path")
     for name, part in parts.items():
         known = variants(part.models)
         try:

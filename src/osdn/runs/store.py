@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,20 @@ def read_json(
 
 
 @contextmanager
-def claim(out: Path, identity: dict[str, Any], warn: Warn) -> Iterator[None]:
+def claim(
+    out: Path, identity: dict[str, Any], warn: Warn, replaces: Sequence[str] = ("results.json",)
+) -> Iterator[None]:
     """Inside, `out` is the run directory of `identity`, written to config.json, and of no other process.
 
-    Raises ValueError where it is another config's, RunError where a process that lives works there.
+    replaces: the files that the run writes, whatever stood there.
+
+    Raises ValueError where it is another config's or holds such files of no run, RunError where a process that lives
+    works there.
     """
     config, lock = out / "config.json", FileLock(out / ".lock", timeout=0)
+    there = [name for name in replaces if (out / name).exists()]  # before config.json is looked for: a run begins there
+    if there and _object(config) is None and _identity(out / "results.json") is None:
+        raise ValueError(f"out: got {out}, whose {', '.join(there)} no run wrote; takes a new path")
     try:
         lock.acquire()
     except Timeout:
@@ -98,11 +106,17 @@ def claim(out: Path, identity: dict[str, Any], warn: Warn) -> Iterator[None]:
 
 def _identity(results: Path) -> Any:
     """As the results of a run tell it; None where there are none that do."""
-    try:
-        identity = json.loads(results.read_bytes())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    identity = (_object(results) or {}).get("identity")
     return identity if isinstance(identity, dict) else None
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """What `path` holds; None where that is no JSON object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from osdn.ops.options import refuse
 from osdn.runs.provenance import provenance
 from osdn.runs.store import write_atomic, write_json
 from osdn.theory import memory, population, preconditioner, stability
@@ -60,8 +61,8 @@ def run(only: tuple[Name, ...], out: Path | None, console: Console | None = None
     out: in it results.json (raw values, seeds, versions; written anew after every experiment), table.md, table.csv and
         <experiment>.png; runs/theory-<time> by default.
 
-    Returns the content of results.json. Raises ValueError for an experiment given twice or a directory that holds a
-    run, RunError where a file cannot be written; both before any work.
+    Returns the content of results.json. Raises ValueError for an experiment given twice or a directory that holds any
+    of these files or another command's run, RunError where a file cannot be written; both before any work.
     """
     console = console or Console()
     if len(set(only)) < len(only):
@@ -69,8 +70,9 @@ def run(only: tuple[Name, ...], out: Path | None, console: Console | None = None
     names: list[Name] = [name for name in EXPERIMENTS if not only or name in only]
     now = datetime.now(UTC)
     out = out or Path("runs") / f"theory-{now:%Y%m%d-%H%M%S}"
-    if (out / "results.json").exists():
-        raise ValueError(f"out: got {out}, which holds a run already, takes a new path")
+    written = ("results.json", "table.md", "table.csv", *(f"{name}.png" for name in names))
+    if there := [name for name in ("config.json", *written) if (out / name).exists()]:  # config.json: another run's
+        refuse("out", f"{out}, which holds {', '.join(there)}", "a new path")
     content: dict[str, Any] = {"date": now.isoformat(timespec="seconds"), **provenance(), "experiments": {}}
     write_json(out / "results.json", content)
     outcomes: dict[str, Outcome] = {}
