@@ -542,6 +542,7 @@ def test_refusals_of_the_experiment():
     for fields, message in (
         ({"seeds": -1}, "seeds: got -1, takes a number >= 0"),
         ({"eval_lengths": (2, 0)}, "eval_lengths: got 2 0, takes ints >= 1"),
+        ({"eval_pairs": (0, 4)}, "eval_pairs: got 0 4, takes ints >= 1"),
         ({"steps": -1}, "steps: got -1, takes a number >= 0"),
         ({"lr": 0.0}, "lr: got 0.0, takes a finite float > 0"),
         ({"lr": float("inf")}, "lr: got inf, takes a finite float > 0"),
@@ -557,3 +558,8 @@ def test_more_passes_lengthen_the_sequence():
     assert Experiment().resolved().seq_len == 128
     assert Experiment(passes=2).resolved().seq_len == 176
     assert Experiment(passes=2).resolved().eval_pairs == (4, 8, 16, 24)
+
+
+def test_pairs_without_tokens_of_their_own_are_not_evaluated(tmp_path, console):
+    content = run(tmp_path, console, replace(ONE, vocab_size=12, eval_pairs=(2, 4, 5, 6), seq_len=32))
+    assert content["runs"][0]["final"]["by_pairs"].keys() == {"2", "4", "5"}

@@ -54,7 +54,7 @@ class Experiment:
     num_pairs: int = 24
     """mqar: key-value pairs in a training sequence."""
     eval_pairs: tuple[int, ...] = (4, 8, 16, 24, 32)
-    """mqar: numbers of pairs to evaluate at; those that do not fit seq_len are left out."""
+    """mqar: numbers of pairs to evaluate at; those that do not fit seq_len and vocab_size are left out."""
     eval_lengths: tuple[int, ...] = ()
     """Multiples of seq_len to evaluate at as well, on as many tokens: does it extrapolate?"""
     passes: int = 1
@@ -94,8 +94,9 @@ class Experiment:
 
     def check(self) -> None:
         """Raises ValueError for a field out of range; not on construction, or the command line would frame the line."""
-        if min(self.eval_lengths, default=1) < 1:
-            raise ValueError(f"eval_lengths: got {' '.join(map(str, self.eval_lengths))}, takes ints >= 1")
+        for name in ("eval_lengths", "eval_pairs"):
+            if min(values := getattr(self, name), default=1) < 1:
+                raise ValueError(f"{name}: got {' '.join(map(str, values))}, takes ints >= 1")
         for name in ("eval_sequences", "hidden_size", "num_layers", "num_heads", "head_dim", "mlp_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: got {value}, takes an int >= 1")
@@ -143,6 +144,11 @@ class Experiment:
         steps = self.steps or _DEFAULT_STEPS[self.task]
         # More listings lengthen the sequence, so that the region of the queries stays as long as with one pass.
         seq_len = self.seq_len or (256 if text else 128 + 2 * self.num_pairs * (self.passes - 1))
+        vocab_size = 256 if text else self.vocab_size
+
+        def fits(pairs: int) -> bool:
+            return 2 * pairs * (self.passes + 1) <= seq_len and 2 * pairs + 2 <= vocab_size
+
         return replace(
             self,
             models=models,
@@ -150,8 +156,8 @@ class Experiment:
             steps=steps,
             batch_size=self.batch_size or (16 if text else 32),
             seq_len=seq_len,
-            vocab_size=256 if text else self.vocab_size,
-            eval_pairs=tuple(sorted({p for p in self.eval_pairs if 2 * p * (self.passes + 1) <= seq_len})),
+            vocab_size=vocab_size,
+            eval_pairs=tuple(sorted({p for p in self.eval_pairs if fits(p)})),
             eval_lengths=tuple(sorted(set(self.eval_lengths))),
             eval_every=self.eval_every or max(1, steps // 10),
         )
