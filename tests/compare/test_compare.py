@@ -505,6 +505,22 @@ def test_an_interrupt_stops_workers_at_a_checkpoint(tmp_path, started):
     assert any(job.checkpoint.exists() for job in jobs)
 
 
+def test_an_interrupt_behind_the_last_checkpoint_stops_the_jobs_to_come(tmp_path):
+    """In the last step or the evaluation at the end, where the job itself is finished."""
+    jobs, events = [a_job(tmp_path / name, every=100) for name in "ab"], []
+
+    def listen(job, event):
+        events.append((job, event))
+        if event[:2] == ("step", ONE.steps):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_jobs(jobs, 1, listen)
+    assert events[-1] == (jobs[0], ("done",))
+    assert jobs[0].result.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_ctrl_c_in_a_shell(tmp_path):
     """The real thing: a process of its own, worker processes, SIGINT to the whole group."""
     experiment = replace(TOY, models=("deltanet",), steps=1000, eval_every=1000)

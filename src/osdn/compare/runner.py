@@ -39,14 +39,14 @@ def run_jobs(jobs: Sequence[Job], workers: int, listen: Listen) -> list[Failure]
     if workers > 1 and len(jobs) > 1:
         return _in_workers(jobs, min(workers, len(jobs)), listen)
     failures = []
-    with _one_thread():
+    # Ctrl-C is only recorded: the step at hand is finished and a checkpoint written; behind the last one, the job ends.
+    with _one_thread(), _interrupts() as interrupted:
         for job in jobs:
-            # Ctrl-C is only recorded: the step at hand is finished and a checkpoint written.
-            with _interrupts() as interrupted:
-                outcome = _attempt(job, lambda *event, job=job: listen(job, event), interrupted)
-            if outcome == ("stopped",):
+            outcome = _attempt(job, lambda *event, job=job: listen(job, event), interrupted)
+            if outcome != ("stopped",):
+                listen(job, outcome[:1])
+            if interrupted():
                 raise KeyboardInterrupt
-            listen(job, outcome[:1])
             if outcome[0] == "failed":
                 failures.append(Failure(job, *outcome[1:]))
     return failures
