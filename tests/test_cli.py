@@ -47,6 +47,30 @@ def test_an_option_given_twice_loses_nothing_without_a_word(capsys):
     assert capsys.readouterr().err.startswith("osdn: limit: got -1")
 
 
+@pytest.mark.parametrize("empty", [[""], ["a", ""], None])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("diagnose model", "--data"),
+        ("compare --task text", "--data"),
+        ("compare --task text", "--eval-data"),
+        ("compare", "--out"),
+        ("train tiny_text_cpu", "--data"),
+        ("eval model --tasks perplexity", "--text"),
+    ],
+)
+def test_an_empty_value_is_not_the_current_directory(command, option, empty, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SUBCOMMANDS[command.split()[0]], "run", lambda _: None)
+    assert main([*command.split(), *([f"{option}="] if empty is None else [option, *empty])]) == 2
+    assert capsys.readouterr().err == f"osdn: {option}: got '', takes no empty value\n"
+
+
+def test_a_prompt_may_be_empty(monkeypatch):
+    monkeypatch.setattr(SUBCOMMANDS["generate"], "run", lambda _: None)
+    assert main(["generate", "model", "--prompt", ""]) == main(["generate", "model", "--prompt="]) == 0
+
+
 def test_every_subcommand_is_interrupted_above():
     assert GOES_ON.keys() | BEGINS_ANEW.keys() == SUBCOMMANDS.keys()
 

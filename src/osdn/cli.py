@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -129,6 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
         for name in sorted(_MANY & set(names)):
             if (count := names.count(name)) > 1:  # of all but the last the values would be lost
                 raise ValueError(f"{name}: got it {count} times, takes all its values behind one")
+        name = "arguments"
+        for argument in arguments:
+            if option := re.match("--[^=]+", argument):
+                name = option[0]
+            if argument in ("", f"{name}=") and name != "--prompt":  # an empty path would be the current directory
+                raise ValueError(f"{name}: got '', takes no empty value")
         if arguments == ["--version"]:
             print(f"osdn {version('osdn')}", flush=True)
             return 0
