@@ -196,6 +196,16 @@ def test_an_upgraded_hybrid_is_measured_with_its_preconditioner(tmp_path, text):
     assert [layer["all"]["d"] for layer in layers] == pytest.approx([0.5] * 3)
 
 
+def test_a_path_may_hold_what_parts_a_name_from_it(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "date=2024").mkdir()
+    text.rename("date=2024/a=b.txt")
+    data = ("date=2024/a=b.txt", "x=date=2024/a=b.txt", "y=mqar:4x1", "mqar:4x1")
+    tasks = load_tasks(Diagnose(checkpoint, data, seq_len=64, sequences=3), load_any(checkpoint))
+    assert list(tasks) == ["a=b.txt", "x", "y", "mqar:4x1"]
+    assert torch.equal(tasks["a=b.txt"], tasks["x"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -213,6 +223,7 @@ def test_an_upgraded_hybrid_is_measured_with_its_preconditioner(tmp_path, text):
         ("{model} --data mqar:40x1", "seq_len: got 64, takes at least 2 * num_pairs * (passes + 1) = 160"),
         ("{model} --data mqar:200x1 --seq-len 800", "vocab_size: got 256, takes at least 402"),
         ("{model} --data", "data: got nothing, takes paths or mqar:<pairs>x<passes>"),
+        ("{model} --data x=", "data: got 'x=', takes a path, mqar:<pairs>x<passes>, or one of them behind 'name='"),
         ("{model} --data {text} --sequences 0", "sequences: got 0, takes an int >= 1"),
         (
             "{model} --data {text} --tokenizer nowhere",

@@ -113,7 +113,9 @@ def load_tasks(config: Diagnose, model: nn.Module) -> dict[str, Tensor]:
     to_ids: Encode | None = None
     vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     for item in config.data:
-        name, _, source = item.rpartition("=")
+        name, source = ("", item) if "=" not in item or Path(item).exists() else item.split("=", 1)
+        if not source:  # as a path it would be the current directory
+            refuse("data", repr(item), "a path, mqar:<pairs>x<passes>, or one of them behind 'name='")
         if match := re.fullmatch(r"mqar:(\d+)x(\d+)", source):
             task = MQAR(int(match[1]), config.seq_len, vocabulary, int(match[2]))
             ids = task.batch(config.sequences, seed=0, split="test")[0]

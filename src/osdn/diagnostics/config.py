@@ -17,7 +17,7 @@ class Diagnose:
     """A model saved with save_pretrained, or jobs/<model>-seed<i>.pt of an `osdn compare` run."""
     data: tuple[str, ...]
     """What to measure on, each a task of its own: text files or directories, or mqar:<pairs>x<passes>, synthetic
-    recall. A name may stand before: 'name=path'."""
+    recall. A name may stand before, 'name=path', up to the first '=' of what is not itself a path."""
     out: Path = Path("diagnosis")
     """Directory to write to; diagnosis.json, heads.csv, positions.csv and index.html in it are replaced."""
     tokenizer: str | None = None
