@@ -63,6 +63,7 @@ class Compare:
     def run(self) -> None:
         from osdn.compare import compare, grid
 
+        self.experiment.refuse_idle()
         experiment = self.experiment.full() if self.full else self.experiment
         (grid if self.grid else compare)(
             experiment,

@@ -29,6 +29,7 @@ GRID = (
 _DEFAULT_STEPS = {"mqar": 450, "text": 400}  # measured: the demo takes six minutes at most on two cores
 _GRID_STEPS = 600  # some rules learn late; estimated: the grid takes an hour and a half on two idle cores
 _FORMAT = 2  # to be raised when the training procedure changes: older run directories are then refused
+_OPTIONS = {"mqar": ("num_pairs", "eval_pairs", "passes", "vocab_size"), "text": ("data", "eval_data")}
 _PATHS = ("data", "eval_data")  # where the bytes lie does not matter; their digest does
 
 
@@ -109,6 +110,14 @@ class Experiment:
             raise ValueError(f"lr: got {self.lr}, takes a finite float > 0")
         if not self.clip > 0:
             raise ValueError(f"clip: got {self.clip}, takes a float > 0")
+
+    def refuse_idle(self) -> None:
+        """Raises ValueError for an option of the other task. Of a resolved experiment some are set, and nobody's."""
+        for task, names in _OPTIONS.items():
+            for name in names:
+                if task != self.task and (value := getattr(self, name)) != getattr(Experiment, name):
+                    got = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise ValueError(f"{name}: got {got}, takes task {task} beside it")
 
     def full(self) -> Experiment:
         """The same experiment at the full length, 1,200 steps of 64 sequences; steps and batch_size must be 0."""
