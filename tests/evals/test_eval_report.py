@@ -124,14 +124,73 @@ def test_results_of_the_harness(tmp_path):
     assert "| copa acc | 0.5 ± 0.1 |" in console.file.getvalue()
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"table.md", "harness.png", "recall.png"}
     assert "| copa acc | 0.5 ± 0.1 |" in (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(ValueError, match=re.escape("got copa of m1.0 and m2.0 with version 1.0 and 2.0")):
+    with pytest.raises(ValueError, match=re.escape("got copa of models/m1.0 and models/m2.0 with version 1.0 and 2.0")):
         show([tmp_path / "a", tmp_path / "b"], None, console)
     with pytest.raises(ValueError, match="with max_length 2048 and 4096"):
         show([tmp_path / "a", tmp_path / "c"], None, console)
     with pytest.raises(ValueError, match="with examples 9 and 5"):
         show([tmp_path / "a", tmp_path / "e"], None, console)
     show([tmp_path / "a", tmp_path / "f"], None, console)
-    assert "| harness | m1.0 | other |" in console.file.getvalue()
+    assert "| harness | models/m1.0 | models/other |" in console.file.getvalue()
+
+
+def whole_harness(model, **changes):
+    """What lm-eval 0.4.13 writes of one task, `changes` by path: {"config.gen_kwargs": {}}."""
+    arguments = {"pretrained": model, "backend": "causal", "tokenizer": f"/tmp/{model}"}
+    content = harness() | {"model_name": model, "lm_eval_version": "0.4.13", "fewshot_as_multiturn": None}
+    content |= {"chat_template_sha": None, "system_instruction_sha": None, "tokenizer_eos_token": ["</s>", "2"]}
+    content |= {"eot_token_id": 2, "task_hashes": {}}
+    content["config"] = {"model_args": arguments, "model_sha": "", "gen_kwargs": {}, "fewshot_seed": 1234}
+    content["configs"] = {
+        "copa": {
+            "dataset_path": "super_glue",
+            "num_fewshot": 0,
+            "fewshot_config": {"doc_to_text": f"<function text at 0x7f{len(model)}>"},
+            "metadata": {"version": 1.0, "config_source": f"/home/{model}/copa.yaml", **arguments},
+        }
+    }
+    for path, value in changes.items():
+        *folders, name = path.split("/")
+        at = content
+        for folder in folders:
+            at = at[folder]
+        at[name] = value
+    return content
+
+
+def harness_report(tmp_path, *contents):
+    for i, content in enumerate(contents):
+        (tmp_path / str(i)).write_text(json.dumps(content))
+    return Report([result for i in range(len(contents)) for result in read_results(tmp_path / str(i))])
+
+
+def test_results_of_the_harness_are_of_one_protocol(tmp_path):
+    report = harness_report(tmp_path, whole_harness("a/last"), whole_harness("bb/last"))
+    assert report.table("harness")[0] == ["harness", "a/last", "bb/last"]
+    assert "lm_eval_version '0.4.13'" in report.notes[0]
+    assert "configs" not in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("lm_eval_version", "0.4.9", "with lm_eval_version '0.4.13' and '0.4.9'"),
+        ("chat_template_sha", "abc", "with chat_template_sha None and 'abc'"),
+        ("system_instruction_sha", "abc", "with system_instruction_sha None and 'abc'"),
+        ("fewshot_as_multiturn", True, "with fewshot_as_multiturn None and True"),
+        ("tokenizer_eos_token", ["<eos>", "0"], "with tokenizer_eos_token ['</s>', '2'] and ['<eos>', '0']"),
+        ("eot_token_id", 0, "with eot_token_id 2 and 0"),
+        ("config/gen_kwargs", {"temperature": 1}, "with gen_kwargs None and {'temperature': 1}"),
+        ("config/fewshot_seed", 1, "with fewshot_seed 1234 and 1"),
+        ("config/model_args", "pretrained=b,add_bos_token=True", "with add_bos_token None and 'True'"),
+        ("configs/copa/dataset_path", "x", "with configs.dataset_path 'super_glue' and 'x'"),
+        ("configs/copa/num_fewshot", 5, "with configs.num_fewshot 0 and 5"),
+        ("configs/copa/metadata/max_seq_lengths", [4096], "with configs.metadata.max_seq_lengths None and [4096]"),
+    ],
+)
+def test_results_of_the_harness_of_other_protocols_are_refused(tmp_path, path, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        harness_report(tmp_path, whole_harness("a"), whole_harness("b", **{path: value}))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from osdn.runs.store import write_atomic
 
 Result = dict[str, Any]
 _FIELDS = {"task", "kind", "version", "context_policy", "data", "metrics", "checkpoint"}
+_OF_HARNESS = (
+    *("max_length", "lm_eval_version", "chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn"),
+    *("tokenizer_pad_token", "tokenizer_eos_token", "tokenizer_bos_token", "eot_token_id"),
+)
 _AXES = {"perplexity": ("position in the block, tokens", "perplexity"), "mqar": ("pairs in the sequence", "accuracy")}
 
 
@@ -39,7 +44,7 @@ class Report:
         self.notes = list[str]()
         for result in results:
             name, sha256, dtype = (result["checkpoint"].get(key) for key in ("name", "sha256", "dtype"))
-            marks = [sha256[:6]] * (len(names[result["kind"], name]) > 1) + [dtype] * (len(dtypes) > 1)
+            marks = [sha256 and sha256[:6]] * (len(names[result["kind"], name]) > 1) + [dtype] * (len(dtypes) > 1)
             model = f"{name} ({', '.join(filter(None, marks))})" if any(marks) else name
             column = self.kinds.setdefault(result["kind"], {}).setdefault(model, {})
             prefix = "" if result["task"] == result["kind"] else f"{result['task']} "
@@ -144,24 +149,46 @@ def _of_harness(content: dict[str, Any], task: str) -> Result:
         if kind and not name.endswith("_stderr") and isinstance(value, int | float):
             error = scores.get(f"{name}_stderr,{kind}")
             metrics[name] = {"value": value, "stderr": error if isinstance(error, float) else None}
+    run = content.get("config", {})
+    arguments = run.get("model_args") or {}
+    if isinstance(arguments, str):
+        arguments = dict(argument.strip().partition("=")[::2] for argument in arguments.split(","))
+    policy = {
+        "n-shot": content["n-shot"].get(task),
+        "examples": content["n-samples"][task]["effective"],
+        **{name: content.get(name) for name in _OF_HARNESS},
+        **{name: run.get(name) for name in ("gen_kwargs", "fewshot_seed")},
+        **{name: arguments.get(name) for name in ("add_bos_token", "prefix_token_id", "chat_template_args")},
+    }
     return {
         "task": task,
         "kind": "harness",
         "version": content["versions"].get(task),
-        "context_policy": {
-            "n-shot": content["n-shot"].get(task),
-            "max_length": content.get("max_length"),
-            "examples": content["n-samples"][task]["effective"],
-        },
+        "context_policy": {name: value for name, value in policy.items() if value not in (None, "", {})},
+        "task_config": _task_config(content.get("configs", {}).get(task, {}), arguments),
         "cut": {},
         "data": {"sha256": content.get("task_hashes", {}).get(task), "sources": task},
         "metrics": metrics,
-        "checkpoint": {"name": Path(content["model_name"]).name, "sha256": content["model_name"]},
+        "checkpoint": {"name": content["model_name"], "sha256": run.get("model_sha") or None},
     }
 
 
+def _task_config(config: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The harness' configuration of a task without what is of one run: it puts the model's arguments and the place of
+    the task's file into metadata, and the addresses of some functions.
+    """
+    config = json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(config)))
+    metadata = config.pop("metadata", None) or {}
+    one_run = {"pretrained", "config_source", *arguments}
+    config |= {f"metadata.{name}": value for name, value in metadata.items() if name not in one_run}
+    return {f"configs.{name}": value for name, value in config.items()}
+
+
 def _check_comparable(one: Result, other: Result) -> None:
-    before, now = ({"version": result["version"], **result["context_policy"]} for result in (one, other))
+    before, now = (
+        {"version": result["version"], **result["context_policy"], **result.get("task_config", {})}
+        for result in (one, other)
+    )
     data = [result["data"]["sha256"] for result in (one, other)]
     if None not in data:  # the harness tells it with --log_samples alone
         before["data"], now["data"] = data
