@@ -171,6 +171,12 @@ def test_results_of_the_harness_are_of_one_protocol(tmp_path):
     assert "configs" not in report.notes[0]
 
 
+def test_lengths_that_ruler_has_not_run_are_left_out(tmp_path):
+    scores = {"alias": "niah", "4096,none": 0.9, "4096_stderr,none": "N/A", "8192,none": -1, "mcc,none": -1.0}
+    report = harness_report(tmp_path, whole_harness("a", **{"results/copa": scores}))
+    assert report.table("harness")[1] == [["copa 4096", "0.9"], ["copa mcc", "-1"]]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
