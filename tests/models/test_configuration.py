@@ -81,6 +81,8 @@ def test_overrides():
     assert osdn.OSDNConfig.preset("osdn-tiny", preconditioner=None).preconditioner is None
     with pytest.raises(ValueError, match=r"preset: got 'osdn-2b', takes <mixer>-<size> .*osdn-apf-paper.*340m"):
         osdn.OSDNConfig.preset("osdn-2b")
+    with pytest.raises(ValueError, match=r"preset: got None, takes <mixer>-<size>"):
+        osdn.OSDNConfig.preset(None)
     with pytest.raises(ValueError, match=r"hiden_size, layers: OSDNConfig has no such field, takes vocab_size"):
         osdn.OSDNConfig.preset("osdn-tiny", hiden_size=64, layers=2)
 
@@ -131,11 +133,30 @@ def test_the_preconditioner_is_always_whole(tmp_path):
         ({"num_v_heads": 12}, r"num_v_heads: got 12, takes a multiple of num_heads, 8"),
         ({"state_decay": "head"}, r"state_decay: got 'head', takes one of"),
         ({"output_gate": "gelu"}, r"output_gate: got 'gelu', takes one of"),
+        ({"vocab_size": 3.5}, r"vocab_size: got 3.5, takes int$"),
+        ({"norm_eps": True}, r"norm_eps: got True, takes float \| int$"),
+        ({"allow_neg_eigval": 1}, r"allow_neg_eigval: got 1, takes bool$"),
+        ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings: got 'yes', takes bool$"),
+        ({"pad_token_id": "a"}, r"pad_token_id: got 'a', takes int \| None$"),
     ],
 )
 def test_refused_fields(kwargs, message):
     with pytest.raises(ValueError, match=message):
         osdn.OSDNConfig(**kwargs)
+
+
+def test_fields_are_checked_on_assignment_too():
+    class Derived(osdn.OSDNConfig):
+        pass
+
+    for config in (osdn.OSDNConfig(), Derived()):
+        with pytest.raises(ValueError, match=r"vocab_size: got 'x', takes int$"):
+            config.vocab_size = "x"
+
+
+def test_an_eps_may_be_an_int():
+    config = osdn.OSDNConfig.preset("osdn-tiny", norm_eps=1)
+    assert osdn.OSDNForCausalLM(config)(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
 
 
 def test_neutral_foreign_fields_pass():

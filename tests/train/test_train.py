@@ -273,6 +273,7 @@ def test_falls_below_the_unigrams_of_real_text(toy, console):
         ("--data nowhere.txt", "data: got nowhere.txt, which does not exist"),
         ("--size vocab_size 100", "size: got vocab_size 100, takes at least the tokenizer's 256"),
         ("--size no_such 1", "no_such: OSDNConfig has no such field"),
+        ("--size state_decay 3", "state_decay: got 3, takes str"),
         ("--micro-batch 3", "micro_batch: got 3, takes a divisor of the 16 rows"),
         ("--fsdp", "fsdp: got one process, takes several GPUs under torchrun"),
         (

@@ -4,10 +4,11 @@
 import inspect
 import math
 from dataclasses import field, fields
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -62,8 +63,25 @@ TRANSFORMERS_KEYS = {
     *GenerationConfig._get_default_generation_params(),
 }
 
+_C = TypeVar("_C", bound=PreTrainedConfig)
 
-@strict
+
+def _strict(cls: type[_C]) -> type[_C]:
+    """@strict with ValueErrors in place of its own, which it raises outside of the class' `__setattr__`."""
+    cls = strict(cls)
+    checked: Any = cls.__setattr__
+
+    def assign(self: _C, key: str, value: Any) -> None:
+        try:
+            checked(self, key, value)
+        except StrictDataclassFieldValidationError:
+            refuse(key, repr(value), inspect.formatannotation(cls.__dataclass_fields__[key].type))
+
+    cls.__setattr__ = assign  # type: ignore[assignment]
+    return cls
+
+
+@_strict
 class OSDNConfig(PreTrainedConfig):
     """Configuration of `OSDNModel` and `OSDNForCausalLM`.
 
@@ -105,7 +123,7 @@ class OSDNConfig(PreTrainedConfig):
     hidden_ratio: float | int = 4
     intermediate_size: int | None = None
     conv_size: int = 4
-    norm_eps: float = 1e-6
+    norm_eps: float | int = 1e-6
     allow_neg_eigval: bool = False
     state_decay: str = "none"
     output_gate: str = "none"
@@ -160,7 +178,7 @@ class OSDNConfig(PreTrainedConfig):
         Raises:
             ValueError: for an unknown name, listing what exists, and for an override that is no field, by name.
         """
-        mixer, _, size = name.rpartition("-")
+        mixer, _, size = str(name).rpartition("-")
         if mixer not in MIXERS or size not in _SIZES:
             takes = f"<mixer>-<size> with a mixer of {', '.join(MIXERS)} and a size of {', '.join(_SIZES)}"
             refuse("preset", repr(name), takes)
