@@ -154,6 +154,17 @@ def test_fields_are_checked_on_assignment_too():
             config.vocab_size = "x"
 
 
+@pytest.mark.parametrize(("K", "V"), [(88, 120), (88, 200), (88, 240), (56, 232)])
+def test_a_factor_whose_product_is_rounded(K, V):
+    assert K * (V / K) != V
+    config = osdn.OSDNConfig(hidden_size=8 * K, num_heads=8, num_hidden_layers=1, vocab_size=8, expand_v=V / K)
+    with torch.device("meta"):
+        model = osdn.OSDNForCausalLM(config)
+    assert model.model.layers[0].attn.v_proj.out_features == 8 * V
+    with pytest.raises(ValueError, match=f"expand_v: got .*, takes a factor that makes head_dim {K} a whole number"):
+        osdn.OSDNConfig(hidden_size=8 * K, num_heads=8, expand_v=V / K * (1 + 1e-7))
+
+
 def test_an_eps_may_be_an_int():
     config = osdn.OSDNConfig.preset("osdn-tiny", norm_eps=1)
     assert osdn.OSDNForCausalLM(config)(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()

@@ -254,6 +254,8 @@ def test_plain_tie_still_warns(monkeypatch):
         ({"head_dim": 1.5}, r"head_dim: got 1.5, takes an integer >= 1, or None"),
         ({"expand_v": math.nan}, r"expand_v: got nan, takes a factor"),
         ({"expand_v": math.inf}, r"expand_v: got inf, takes a factor"),
+        ({"expand_v": 10**308}, r"expand_v: got 10+, takes a factor"),
+        ({"expand_v": -1.0}, r"expand_v: got -1.0, takes a factor"),
         ({"conv_size": 1.5}, r"conv_size: got 1.5, takes an integer >= 1"),
         ({"norm_eps": math.nan}, r"norm_eps: got nan, takes a finite number > 0"),
         ({"head_dim": 0}, r"head_dim: got 0"),

@@ -464,9 +464,11 @@ def head_shape(
     HV = num_heads if num_v_heads is None else num_v_heads
     if HV % num_heads:
         refuse("num_v_heads", num_v_heads, f"a multiple of num_heads, {num_heads}")
-    if not 1 <= K * expand_v < math.inf or K * expand_v != int(K * expand_v):
+    product = K * float(expand_v)
+    V = round(product) if math.isfinite(product) else 0
+    if V < 1 or not math.isclose(product, V, rel_tol=1e-9):  # K * (V / K) may be off by rounding
         refuse("expand_v", expand_v, f"a factor that makes head_dim {K} a whole number >= 1")
-    return num_heads, HV, K, int(K * expand_v)
+    return num_heads, HV, K, V
 
 
 def _low_rank(size: int, rank: int, out: int, *, bias: bool) -> nn.Sequential:
