@@ -1,3 +1,4 @@
+import math
 import re
 
 import numpy as np
@@ -78,9 +79,14 @@ def test_free_positions_hold_any_token_and_never_the_answer_on_purpose():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_pairs": 0}, "num_pairs: got 0, takes an int >= 1"),
-        ({"passes": 0}, "passes: got 0, takes an int >= 1"),
-        ({"alpha": 0.0}, "alpha: got 0.0, takes a float > 0"),
+        ({"num_pairs": 0}, "num_pairs: got 0, takes an integer >= 1"),
+        ({"passes": 0}, "passes: got 0, takes an integer >= 1"),
+        ({"num_pairs": 2.5}, "num_pairs: got 2.5, takes an integer >= 1"),
+        ({"seq_len": "128"}, "seq_len: got '128', takes an integer >= 1"),
+        ({"vocab_size": 256.0}, "vocab_size: got 256.0, takes an integer >= 1"),
+        ({"alpha": math.inf}, "alpha: got inf, takes a finite number > 0"),
+        ({"alpha": "1"}, "alpha: got '1', takes a finite number > 0"),
+        ({"alpha": 0.0}, "alpha: got 0.0, takes a finite number > 0"),
         ({"num_pairs": 4, "seq_len": 15}, "seq_len: got 15, takes at least 2 * num_pairs * (passes + 1) = 16"),
         ({"num_pairs": 4, "seq_len": 23, "passes": 2}, "seq_len: got 23, takes at least"),
         ({"num_pairs": 4, "seq_len": 32, "vocab_size": 9}, "vocab_size: got 9, takes at least 10"),
@@ -89,3 +95,17 @@ def test_free_positions_hold_any_token_and_never_the_answer_on_purpose():
 def test_refusals(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MQAR(**fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n: got 0, takes an integer >= 1"),
+        ({"seed": -1}, "seed: got -1, takes an integer >= 0"),
+        ({"step": 0.5}, "step: got 0.5, takes an integer >= 0"),
+        ({"split": "x"}, "split: got 'x', takes one of ('train', 'test')"),
+    ],
+)
+def test_refusals_of_a_batch(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        MQAR().batch(**{"n": 2, "seed": 0, **arguments})

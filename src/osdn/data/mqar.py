@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from osdn.ops.options import check_positive, check_size, refuse
+
 Split = Literal["train", "test"]
 _SPLITS: dict[str, int] = {"train": 0, "test": 1}
 IGNORE = -100
@@ -27,7 +29,7 @@ class MQAR:
     may equal a listed key, as in Zoology; the value asked for is always the listed one).
 
     num_pairs: N >= 1. seq_len: T >= 2 N (passes + 1). vocab_size: V >= 2 N + 2, so that the keys can be distinct.
-    passes: listings of the same pairs in the same order, >= 1. alpha: > 0; 1 is uniform.
+    passes: listings of the same pairs in the same order, >= 1. alpha: finite, > 0; 1 is uniform.
 
     Raises ValueError where these do not hold.
     """
@@ -39,11 +41,9 @@ class MQAR:
     alpha: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("num_pairs", "passes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes an int >= 1")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha: got {self.alpha}, takes a float > 0")
+        for name in ("num_pairs", "seq_len", "vocab_size", "passes"):
+            check_size(name, getattr(self, name))
+        check_positive("alpha", self.alpha)
         shortest = 2 * self.num_pairs * (self.passes + 1)
         if self.seq_len < shortest:
             raise ValueError(
@@ -62,7 +62,15 @@ class MQAR:
         Returns:
             input_ids `[n, T]` and labels `[n, T]`, int64, in transformers' convention: the logits at t are scored
             against labels[t + 1]. A label stands one token behind its query; everywhere else is -100.
+
+        Raises ValueError for n < 1, seed < 0, step < 0, another split, or a value of another type.
         """
+        check_size("n", n)
+        for name, x in (("seed", seed), ("step", step)):
+            if type(x) is not int or x < 0:
+                refuse(name, repr(x), "an integer >= 0")
+        if split not in (takes := tuple(_SPLITS)):
+            refuse("split", repr(split), f"one of {takes}")
         rng = np.random.default_rng([_SPLITS[split], seed, step])
         N, T, V, half = self.num_pairs, self.seq_len, self.vocab_size, self.vocab_size // 2
         keys = 1 + _distinct(rng, n, half - 1, N)
