@@ -48,7 +48,7 @@ def test_an_out_that_is_a_file_is_one_line(capsys, tmp_path):
         ("--models osdn[eta=1|1]", "models: got osdn[eta=1] osdn[eta=1], takes different names"),
         ("--models osdn[beta=1]", "models: got 'osdn[beta=1]' with unknown beta, takes allow_neg_eigval"),
         ("--models osdn[eta=-1]", "models: got 'osdn[eta=-1]': preconditioner.eta: got -1.0, takes"),
-        ("--models osdn[head_dim=x]", "models: got 'osdn[head_dim=x]': Validation error for field 'head_dim': Type"),
+        ("--models osdn[head_dim=x]", "models: got 'osdn[head_dim=x]': head_dim: got 'x', takes int | None"),
         ("--models gdn[eta=1]", "models: got 'gdn[eta=1]', takes no eta: gdn has no preconditioner"),
     ],
 )
