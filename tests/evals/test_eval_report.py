@@ -177,6 +177,13 @@ def test_lengths_that_ruler_has_not_run_are_left_out(tmp_path):
     assert report.table("harness")[1] == [["copa 4096", "0.9"], ["copa mcc", "-1"]]
 
 
+def test_a_task_that_cuts_answers_out_in_two_ways_has_two_scores(tmp_path):
+    scores = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
+    report = harness_report(tmp_path, whole_harness("a", **{"results/copa": scores}))
+    rows = [["copa exact_match strict-match", "0.25"], ["copa exact_match flexible-extract", "0.5"]]
+    assert report.table("harness")[1] == rows
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

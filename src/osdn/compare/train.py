@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,7 +87,7 @@ def model_config(experiment: Experiment, name: str) -> OSDNConfig:
     }
     try:
         return OSDNConfig.preset(f"{preset}-tiny", **size | mixer, **({"preconditioner": rule} if rule else {}))
-    except (ValueError, StrictDataclassError) as error:
+    except ValueError as error:
         raise ValueError(f"models: got {name!r}: {' '.join(str(error).split())}") from None
 
 

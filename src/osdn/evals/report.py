@@ -149,7 +149,8 @@ def _of_harness(content: dict[str, Any], task: str) -> Result:
         no_score = name.isdecimal() and value == -1  # RULER has a metric for each length, run or not
         if kind and not name.endswith("_stderr") and isinstance(value, int | float) and not no_score:
             error = scores.get(f"{name}_stderr,{kind}")
-            metrics[name] = {"value": value, "stderr": error if isinstance(error, float) else None}
+            label = name if kind == "none" else f"{name} {kind}"
+            metrics[label] = {"value": value, "stderr": error if isinstance(error, float) else None}
     run = content.get("config", {})
     arguments = run.get("model_args") or {}
     if isinstance(arguments, str):
