@@ -195,6 +195,13 @@ def test_rows_of_a_cache(name, make_model, tokens):
         cache.crop(3)
 
 
+def test_padding_at_the_right_is_refused(make_model, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, -2:] = 0
+    with pytest.raises(ValueError, match="attention_mask: got padding in the last column, takes a token there"):
+        make_model().generate(tokens, attention_mask=mask, max_new_tokens=2)
+
+
 def test_a_cache_of_a_layer_alone_goes_back():
     """Its config says how many layers, and need not say of which size."""
     torch.manual_seed(0)

@@ -318,7 +318,9 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
     ) -> None:
         """Give `generate` a cache that can tell its length; a state of constant size is "static" and "dynamic"."""
         kind = generation_config.cache_implementation
-        cache = model_kwargs.get(CACHE)
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool((mask[:, -1] != 0).all()):
+            refuse("attention_mask", "padding in the last column", "a token there, which generation goes on from")
         if generation_config.is_assistant:
             raise ValueError("assistant_model: got OSDNForCausalLM, takes a model whose state can be rolled back")
         if kind == "quantized":
