@@ -306,7 +306,7 @@ def test_what_no_run_wrote_is_not_replaced(files, tmp_path, console, monkeypatch
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     command = grid if {"grid.md", "1-pass/table.md"} & files.keys() else compare
-    with pytest.raises(ValueError, match=r"^out: got \S+, whose (\w+\.\w+(, )?)+ no run wrote(;|,) takes a new path"):
+    with pytest.raises(ValueError, match=r"^out: got \S+, which holds (\w+\.\w+(, )?)+ of another origin(;|,) takes"):
         command(ONE, out=tmp_path, console=console, workers=0)
     assert {str(f.relative_to(tmp_path)): f.read_text() for f in tmp_path.rglob("*") if f.is_file()} == files
 

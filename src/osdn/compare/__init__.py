@@ -145,7 +145,7 @@ def grid(
     out = out or Path("runs") / "grid"
     parts, contents, failures = experiment.grid(), {}, list[RunError]()
     if (out / "grid.md").exists() and not any((out / name / "config.json").exists() for name in parts):
-        refuse("out", f"{out}, whose grid.md no run wrote", "a new path")
+        refuse("out", f"{out}, which holds grid.md of another origin", "a new path")
     for name, part in parts.items():
         known = variants(part.models)
         try:

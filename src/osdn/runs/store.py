@@ -78,13 +78,13 @@ def claim(
 
     replaces: the files that the run writes, whatever stood there.
 
-    Raises ValueError where it is another config's or holds such files of no run, RunError where a process that lives
-    works there.
+    Raises ValueError where it is another config's or holds such files of another origin, RunError where a process that
+    lives works there.
     """
     config, lock = out / "config.json", FileLock(out / ".lock", timeout=0)
     there = [name for name in replaces if (out / name).exists()]  # before config.json is looked for: a run begins there
     if there and _object(config) is None and _identity(out / "results.json") is None:
-        raise ValueError(f"out: got {out}, whose {', '.join(there)} no run wrote; takes a new path")
+        raise ValueError(f"out: got {out}, which holds {', '.join(there)} of another origin; takes a new path")
     try:
         lock.acquire()
     except Timeout:
