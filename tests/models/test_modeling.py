@@ -381,8 +381,13 @@ def test_refused_calls(make_model, tokens):
         model(tokens[:, :0])
     with pytest.raises(ValueError, match=r"got 0 x 13 tokens"):
         model(tokens[:0])
-    with pytest.raises(ValueError, match=r"input_ids: got \(13,\), takes a torch.Tensor \[B, T\]"):
+    with pytest.raises(ValueError, match=r"input_ids: got torch.int64 \(13,\), takes an integer torch.Tensor \[B, T\]"):
         model(tokens[0])
+    with pytest.raises(ValueError, match=r"input_ids: got torch.float32 \(3, 13\)"):
+        model(tokens.float())
+    for name in ("labels", "shift_labels"):
+        with pytest.raises(ValueError, match=rf"^{name}: got \(3, 12\), takes shape \(3, 13\)"):
+            model(tokens, **{name: tokens[:, 1:]})
     with pytest.raises(ValueError, match=r"input_ids: got list"):
         model(tokens.tolist())
     with pytest.raises(ValueError, match=r"inputs_embeds: got \(3, 13, 5\), takes \[B, T, \d+\]"):

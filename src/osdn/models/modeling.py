@@ -206,9 +206,11 @@ class OSDNModel(OSDNPreTrainedModel):
             raise ValueError("past_key_values, cache: got both, takes one of the two")
         cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
-            if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-                found = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-                raise ValueError(f"input_ids: got {found}, takes a torch.Tensor [B, T]")
+            if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+                found = type(input_ids).__name__
+                if isinstance(input_ids, Tensor):
+                    found = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+                refuse("input_ids", found, "an integer torch.Tensor [B, T]")
             x = self.embeddings(input_ids)
         else:
             x, D = inputs_embeds, self.config.hidden_size
@@ -285,6 +287,11 @@ class OSDNForCausalLM(OSDNPreTrainedModel, GenerationMixin):
             refuse("logits_to_keep", repr(logits_to_keep), "an int or a tensor of positions")
         # Not in the signature: Trainer asks its data for every parameter there that has "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)
+        given = inputs_embeds if input_ids is None else input_ids
+        if isinstance(given, Tensor) and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            for name, y in (("labels", labels), ("shift_labels", shift_labels)):
+                if isinstance(y, Tensor) and y.shape != given.shape[:2]:
+                    refuse(name, tuple(y.shape), f"shape {tuple(given.shape[:2])}")
         outputs = self.model(
             input_ids,
             attention_mask,
