@@ -432,6 +432,16 @@ def test_a_sequence_that_begins_beside_the_cache_of_another(make_model, tokens):
     whole = model(tokens).logits[:, 5:]
     found = model(tokens[:, 5:], past_key_values=cache, position_ids=goes_on).logits
     torch.testing.assert_close(found, whole, **EXACT)
+    with pytest.raises(ValueError, match="past_key_values: got tuple whose layer 0 is missing"):
+        model(tokens, past_key_values=(), position_ids=goes_on.new_zeros(1, 1) + torch.arange(13))
+    # Positions of padding do not count.
+    mask = torch.ones_like(tokens)
+    mask[0, 5:7] = 0
+    positions = torch.arange(13).expand(3, 13) * mask
+    cache = model(tokens[:, :5], use_cache=True).past_key_values
+    found = model(tokens[:, 5:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, 5:]).logits
+    whole = model(tokens, attention_mask=mask).logits[:, 5:]
+    torch.testing.assert_close(found[mask[:, 5:] == 1], whole[mask[:, 5:] == 1], **EXACT)
     # A row that was padding until now has no sequence before it.
     mask = torch.ones_like(tokens)
     mask[1, :7] = 0

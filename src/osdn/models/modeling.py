@@ -360,7 +360,7 @@ def _check_kwargs(kwargs: dict[str, Any]) -> None:
 
 def _check_going_on(cache: Cache, position_ids: Tensor, attention_mask: Tensor | None) -> None:
     """Refuse a sequence that begins, at position 0, where the cache holds another one's state."""
-    layer: Any = next(iter(cache.layers), None)
+    layer: Any = next(iter(getattr(cache, "layers", [])), None)  # what is no cache is refused by the layers
     if not isinstance(layer, LinearAttentionCacheLayerMixin) or not layer.has_previous_state[0]:
         return
     B, T = position_ids.shape
