@@ -49,7 +49,7 @@ gpu-test:
 	@$(PYTHON) -c 'import sys, torch; \
 	sys.exit(None if torch.cuda.is_available() else f"gpu-test needs a CUDA device, and torch {torch.__version__} sees none")'
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -rs tests/ops/test_triton.py tests/ops/test_step.py \
-	tests/ops/test_chunked.py tests/train/test_fsdp.py tests/train/test_sharded.py
+	tests/ops/test_conv_kernels.py tests/ops/test_chunked.py tests/train/test_fsdp.py tests/train/test_sharded.py
 
 # Reads and writes out of bounds, and races, in minutes for each decay: compute-sanitizer comes with CUDA's toolkit.
 gpu-sanitize:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-KERNELS = {"test_triton.py"}
+KERNELS = {"test_triton.py", "test_conv_kernels.py"}
 ON_CPU = {"TRITON_INTERPRET": "1"}
 
 interpreted = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
@@ -25,6 +25,7 @@ if interpreted:
     with patch.dict(os.environ, ON_CPU):
         importlib.import_module("osdn.ops.triton.function")
         importlib.import_module("osdn.ops.triton.recurrent")
+        importlib.import_module("osdn.ops.triton.conv")
         language = importlib.import_module("triton.language.core")
         runtime = importlib.import_module("triton.runtime.interpreter")
 

@@ -128,20 +128,20 @@ MUTANTS = {
 }
 
 
-def mutate_kernels(name: str | None, folder: Path) -> ModuleType:
-    """The Triton backend in a copy of its package with that one edit, which all kernels that share the line share."""
+def mutate_kernels(edit: tuple[str, str, str] | None, folder: Path, module: str = "function") -> ModuleType:
+    """A module of the Triton backend, in a copy of its package with one edit: of that file, old for new."""
     package = f"kernels_mutant_{next(_serial)}"
     shutil.copytree(Path(osdn.__file__).parent / "ops" / "triton", folder / package)
     for path in (folder / package).glob("*.py"):
         source = path.read_text().replace("osdn.ops.triton", package).replace('"osdn::', f'"{package}::')
-        if name is not None and path.stem == KERNEL_MUTANTS[name][0]:
-            _, old, new = KERNEL_MUTANTS[name]
+        if edit is not None and path.stem == edit[0]:
+            _, old, new = edit
             assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {path.name}"
             source = source.replace(old, new)
         path.write_text(source)
     sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module(f"{package}.function")
+        return importlib.import_module(f"{package}.{module}")
     finally:
         sys.path.remove(str(folder))
 
@@ -277,5 +277,31 @@ KERNEL_MUTANTS = {
         "precondition",
         "total(U, D, 1) * tl.exp(f)",
         "total(U, D, 1)",
+    ),
+}
+
+# Of the short convolution's; caught by its definition.
+CONVOLUTION_MUTANTS = {
+    "taps of the sequence before": ("conv", "(t >= begin) & (t < end)", "(t >= 0) & (t < end)"),
+    "taps of the sequence behind": ("conv", "(t >= begin) & (t < end)", "(t >= begin) & (t <= end)"),
+    "weights in the other order": ("conv", "weight + c * W + (W - 1 - j), c", "weight + c * W + j, c"),
+    "the token itself left out": (
+        "conv",
+        "tap(x, t - j, c, begin, end, row, D)\n    out",
+        "tap(x, t - j - 1, c, begin, end, row, D)\n    out",
+    ),
+    "no activation": ("conv", "out = (a * tl.sigmoid(a))", "out = (a)"),
+    "gradient of the sigmoid alone": ("conv", "(1.0 + a * (1.0 - s))", "a * (1.0 - s)"),
+    "activation computed of the token itself": ("conv", "tap(x, t + (i - j), c", "tap(x, t - j, c"),
+    "gradients of x by the weights in the other order": (
+        "conv",
+        "factor(weight, c, i, D, W) * da",
+        "factor(weight, c, W - 1 - i, D, W) * da",
+    ),
+    "gradients of the weights in the other order": ("conv", "* W + (W - 1 - j), part", "* W + j, part"),
+    "every part from the first one's channels": (
+        "conv",
+        "_launch(conv_fwd_kernel, x.shape[2], table, part,",
+        "_launch(conv_fwd_kernel, x.shape[2], table, x,",
     ),
 }

@@ -7,11 +7,13 @@ do that.
 import math
 import sys
 from dataclasses import replace
+from itertools import product
 
 import torch
 from inputs import BOX, Case, run
 
 import osdn
+from osdn.nn.conv import short_convolution
 from osdn.ops.triton import call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # with TRITON_INTERPRET=1
@@ -49,6 +51,15 @@ def steps(decay: str | None, K: int) -> None:
         )
 
 
+def convolutions() -> None:
+    for dtype, cu_seqlens in product((BF16, FP32), (None, torch.tensor([0, 40, 40, 41, 70]))):
+        gen = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 70, 160, generator=gen).to(DEVICE, dtype).requires_grad_()
+        weight = torch.randn(160, 1, 4, generator=gen).to(DEVICE, dtype).requires_grad_()
+        y, _ = short_convolution(x, weight, (5, 15, 140), None, cu_seqlens, "triton")
+        torch.autograd.grad(list(y), [x, weight], [torch.ones_like(part) for part in y])
+
+
 def main(decay: str) -> None:
     kind = None if decay == "none" else decay
     narrow = Case(150, 1, K=16, V=16, B=1, decay=kind, feedback="beta_aware", forget=True, qk_l2norm=True, box=BOX)
@@ -69,6 +80,7 @@ def main(decay: str) -> None:
     passes(narrow, FP32)
     for K in (16, 128):
         steps(kind, K)
+    convolutions()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ Letters: B batch, T tokens, D channels, W width, N sequences (B, or those packed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from osdn.ops.dispatch import choose
 
 
 def kernel_of(conv: nn.Conv1d, device: torch.device) -> Tensor:
@@ -22,6 +26,37 @@ def kernel_of(conv: nn.Conv1d, device: torch.device) -> Tensor:
     impulse = torch.zeros(1, D, 2 * W - 1 - 2 * int(conv.padding[0]), dtype=conv.weight.dtype, device=device)
     impulse[..., impulse.shape[2] // 2] = 1
     return conv(impulse)[0].flip(-1)[:, None]
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Sequence[Tensor], Tensor]:
+    """silu of `causal_conv1d`, in three parts of so many channels, and the state after x.
+
+    Where `backend` comes to the Triton kernels, and no state is given, by one of its own (ops/triton/conv.py).
+    """
+    if state is not None or choose(x[..., :1], backend).backend != "triton":
+        y, state = causal_conv1d(x, weight, state, cu_seqlens)
+        return F.silu(y).split(list(sizes), -1), state
+    from osdn.ops.triton.conv import convolve
+
+    return convolve(x, weight, list(sizes), cu_seqlens), _last(x, weight.shape[-1], cu_seqlens)
+
+
+def _last(x: Tensor, W: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The last W inputs of each sequence, `[N, D, W]`, zeros at the left of shorter ones."""
+    if cu_seqlens is None:
+        tail = x[:, -W:].mT
+        return F.pad(tail, (W - tail.shape[-1], 0))
+    cu = cu_seqlens.to(device=x.device, dtype=torch.long)
+    token = cu[1:, None] + torch.arange(-W, 0, device=x.device)
+    inside = token >= cu[:-1, None]
+    return torch.where(inside[..., None], x[0, token.where(inside, 0)], 0).mT
 
 
 def causal_conv1d(
@@ -39,12 +74,9 @@ def causal_conv1d(
     """
     D, W = x.shape[2], weight.shape[-1]
     if cu_seqlens is None:
-        x = x.mT
         if state is None:
-            y = F.conv1d(x, weight, groups=D, padding=W - 1)[..., : x.shape[-1]]
-            tail = x[..., -W:]
-            return y.mT, F.pad(tail, (W - tail.shape[-1], 0))
-        x = torch.cat([state.to(x.dtype), x], -1)
+            return F.conv1d(x.mT, weight, groups=D, padding=W - 1)[..., : x.shape[1]].mT, _last(x, W, None)
+        x = torch.cat([state.to(x.dtype), x.mT], -1)
         return F.conv1d(x[..., 1:], weight, groups=D).mT, x[..., -W:]
 
     # One buffer, sequence n in it behind its own W columns of state, so that no window sees another sequence.

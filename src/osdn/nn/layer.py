@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from osdn.nn.conv import causal_conv1d, kernel_of
+from osdn.nn.conv import kernel_of, short_convolution
 from osdn.nn.norm import RMSNorm
 from osdn.nn.options import PreconditionerOptions
 from osdn.nn.packing import Packing, find_packing
@@ -183,8 +183,8 @@ class DeltaMixer(nn.Module):
         p = self._project(x)
         if conv_state is not None:
             self._check_held(conv_state, state, p.conv, work)
-        qkv, conv_state = causal_conv1d(p.qkv, p.conv, conv_state, cu_seqlens)
-        q, k, v = F.silu(qkv).split([self.H * self.K, self.H * self.K, self.HV * self.V], -1)
+        sizes = (self.H * self.K, self.H * self.K, self.HV * self.V)
+        (q, k, v), conv_state = short_convolution(p.qkv, p.conv, sizes, conv_state, cu_seqlens, self.backend)
         q, k = q.unflatten(-1, (self.H, self.K)), k.unflatten(-1, (self.H, self.K))
         v = v.unflatten(-1, (self.HV, self.V))
         beta = torch.sigmoid(p.b.to(work))

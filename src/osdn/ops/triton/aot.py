@@ -38,6 +38,7 @@ import torch
 import tyro
 
 import osdn
+from osdn.nn.conv import short_convolution
 from osdn.ops import dispatch
 from osdn.ops.options import Preconditioner
 from osdn.ops.triton import sass
@@ -117,7 +118,7 @@ def cases() -> list[Case]:
 
 
 def call(case: Case) -> None:
-    """Forward and backward of both operators, and one step of decoding."""
+    """Forward and backward of both operators and of the short convolution, and one step of decoding."""
     B, T, H, HV = (1 if case.packed else 2), case.tokens, 2, 2 * case.groups
     K, V, p = case.K, case.V, case.preconditioner
     bounds = torch.tensor([0, 70, T]) if case.packed else None
@@ -151,6 +152,10 @@ def call(case: Case) -> None:
     backward(o, end.S, end.d)
     if p is not None:
         backward(*osdn.precondition(k.repeat_interleave(case.groups, 2), beta, initial_d=state.d, **rule))
+    sizes = (H * K, H * K, HV * V)
+    parts = leaf(B, T, sum(sizes), dtype=case.dtype), leaf(sum(sizes), 1, 4, dtype=case.gates)
+    convolved, _ = short_convolution(*parts, sizes, None, bounds, "triton")
+    torch.autograd.grad(list(convolved), parts, [torch.zeros_like(y) for y in convolved])
     with torch.no_grad():
         osdn.online_scaled_delta_step(
             *(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state.detach()),

@@ -31,6 +31,28 @@ _OVER_V = (delta.delta_inter_fwd_kernel, delta.delta_inter_bwd_kernel, kernels.p
 """Kernels whose programs have a block of columns each."""
 
 
+Tables = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def count_chunks(x: Tensor, cu_seqlens: Tensor | None, C: int) -> int:
+    """Of C tokens, in x [B, T, ...]; an upper bound where sequences are packed: their lengths are on the device."""
+    B, T = x.shape[:2]
+    return B * -(-T // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
+
+
+def chunk_tables(x: Tensor, cu_seqlens: Tensor | None, C: int) -> Tables:
+    """cu_seqlens on the device, (sequence, chunk in it) of each chunk or (-1, .), first chunk of each sequence."""
+    if cu_seqlens is None:
+        return None, None, None
+    cu = cu_seqlens.to(x.device, torch.int64).contiguous()
+    ends = cu.diff().add(C - 1).div(C, rounding_mode="floor").cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    index = torch.arange(count_chunks(x, cu, C), device=cu.device)
+    n = torch.searchsorted(ends, index, right=True)
+    inside = index - starts[n]
+    return cu, torch.stack([torch.where(index < ends[-1], n, -1), inside], 1).contiguous(), starts
+
+
 @dataclass(frozen=True)
 class Call:
     """Shapes and constants of a call, common to its kernels."""
@@ -88,22 +110,11 @@ class Call:
 
     @cached_property
     def chunk_count(self) -> int:
-        """An upper bound where sequences are packed: their lengths are on the device."""
-        B, T = self.k.shape[:2]
-        return B * -(-T // self.C) if self.cu_seqlens is None else T // self.C + self.N
+        return count_chunks(self.k, self.cu_seqlens, self.C)
 
     @cached_property
-    def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """cu_seqlens on the device, (sequence, chunk in it) of each chunk or (-1, .), first chunk of each sequence."""
-        if self.cu_seqlens is None:
-            return None, None, None
-        cu = self.cu_seqlens.to(self.k.device, torch.int64).contiguous()
-        ends = cu.diff().add(self.C - 1).div(self.C, rounding_mode="floor").cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends])
-        index = torch.arange(self.chunk_count, device=cu.device)
-        n = torch.searchsorted(ends, index, right=True)
-        inside = index - starts[n]
-        return cu, torch.stack([torch.where(index < ends[-1], n, -1), inside], 1).contiguous(), starts
+    def tables(self) -> Tables:
+        return chunk_tables(self.k, self.cu_seqlens, self.C)
 
     @cached_property
     def split(self) -> int:

@@ -355,7 +355,7 @@ def _precondition_backward_fake(a, dd, k, beta, forget, d, *_):  # type: ignore[
     return torch.empty_like(k), *_or_empty(k, *gates), torch.empty_like(d)
 
 
-def _differentiable(
+def differentiable(
     name: str,
     schema: str,
     results: str,
@@ -413,20 +413,20 @@ def _differentiable(
     return lambda *inputs: (operator if torch.compiler.is_compiling() else function.apply)(*inputs)
 
 
-def _tensors(count: int) -> str:
+def tensors(count: int) -> str:
     return ", ".join(["Tensor"] * count)
 
 
-delta_rule = _differentiable(
+delta_rule = differentiable(
     "triton_delta_rule",
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? forget, Tensor? S, Tensor? d, Tensor? cu_seqlens, "
     "float[] rule, bool l2norm, float scale, int chunk_size",
-    _tensors(17), _tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
+    tensors(17), tensors(8), 3, _delta_rule, _delta_rule_fake, _delta_rule_backward, _delta_rule_backward_fake,
 )  # fmt: skip
-precondition_rule = _differentiable(
+precondition_rule = differentiable(
     "triton_precondition",
     "Tensor k, Tensor? beta, Tensor? forget, Tensor d, Tensor? cu_seqlens, float[] rule",
-    _tensors(8), _tensors(4), 2, _precondition, _precondition_fake, _precondition_backward, _precondition_backward_fake,
+    tensors(8), tensors(4), 2, _precondition, _precondition_fake, _precondition_backward, _precondition_backward_fake,
 )  # fmt: skip
 
 

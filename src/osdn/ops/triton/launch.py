@@ -139,15 +139,15 @@ def configs(name: str, arguments: dict[str, Any], since: int) -> list[Config]:
     """Those of a launch on a device of that capability, best first, with blocks no wider than what they split."""
     own = (f"{name}, {n} = {arguments.get(n)}" for n in ("DECAY", "V", "WALK"))
     found = next((CONFIGS[key] for key in own if key in CONFIGS), CONFIGS[name])
-    BK = arguments.get("BK", 0)
-    V = arguments.get("V", arguments["K"])
+    K, BK = arguments.get("K", 0), arguments.get("BK", 0)
+    V = arguments.get("V", K)
     most = {"BB": BK, "BV": max(16, 1 << (V - 1).bit_length())}
     if BK < 64:  # products of few columns by two groups of warps read out of bounds
         most["num_warps"] = 4
     bf16 = arguments.get("DT") is not tl.float32
     fits = {
         "BF16": bf16,
-        "FULL": bf16 and arguments["K"] == BK,
+        "FULL": bf16 and K == BK,
         "PROGRAMS": bf16 and BK == 128 and most["BV"] >= 128 and since == 90,
     }
     return [
