@@ -782,9 +782,10 @@ def test_every_config_gives_the_result(decay, dtype, monkeypatch):
 
 
 def test_every_config_is_of_a_kernel_there_is():
-    from osdn.ops.triton import delta, launch, precondition, recurrent, shared
+    from osdn.ops.triton import conv, delta, launch, precondition, recurrent, shared
 
-    names = {n for module in (delta, precondition, recurrent, shared) for n in vars(module) if n.endswith("_kernel")}
+    modules = (conv, delta, precondition, recurrent, shared)
+    names = {n for module in modules for n in vars(module) if n.endswith("_kernel")}
     names |= {
         f"{n}, {constant}" for n in names for constant in ("V = 1", "WALK = True", *(f"DECAY = {d}" for d in range(3)))
     }
