@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from osdn.ops.api import check_differentiable
 from osdn.ops.dispatch import choose
+
+WIDEST = 4
+"""W that the kernel is for: its backward has W^2 products a token at hand."""
 
 
 def kernel_of(conv: nn.Conv1d, device: torch.device) -> Tensor:
@@ -38,11 +42,17 @@ def short_convolution(
 ) -> tuple[Sequence[Tensor], Tensor]:
     """silu of `causal_conv1d`, in three parts of so many channels, and the state after x.
 
-    Where `backend` comes to the Triton kernels, and no state is given, by one of its own (ops/triton/conv.py).
+    Where `backend` comes to the Triton kernels, by one of its own (ops/triton/conv.py), if no state is given and W <=
+    `WIDEST`.
+
+    Raises:
+        ValueError: by a kernel, under forward-mode differentiation, of which it knows nothing.
     """
-    if state is not None or choose(x[..., :1], backend).backend != "triton":
+    choice = choose(x[..., :1], backend)
+    if choice.backend != "triton" or state is not None or weight.shape[-1] > WIDEST:
         y, state = causal_conv1d(x, weight, state, cu_seqlens)
         return F.silu(y).split(list(sizes), -1), state
+    check_differentiable(choice, x, weight)
     from osdn.ops.triton.conv import convolve
 
     return convolve(x, weight, list(sizes), cu_seqlens), _last(x, weight.shape[-1], cu_seqlens)

@@ -101,7 +101,7 @@ def online_scaled_delta_rule(
     if preconditioner is not None:
         _warn_tie(preconditioner, d, forget)
         d = q.new_ones(N, HV, K, dtype=work) if d is None else d
-    _check_differentiable(choice, q, k, v, beta, g, forget, S, d)
+    check_differentiable(choice, q, k, v, beta, g, forget, S, d)
 
     with no_autocast(q.device):
         rest = (S, d, cu_seqlens, preconditioner, scale, chunk_size)
@@ -155,7 +155,7 @@ def precondition(
     _warn_tie(preconditioner, initial_d, forget)
     _check_part("initial_d", initial_d, shape, k)
     d = k.new_ones(shape, dtype=work) if initial_d is None else initial_d
-    _check_differentiable(choice, k, beta, forget, d)
+    check_differentiable(choice, k, beta, forget, d)
     with no_autocast(k.device):
         if choice.backend != "triton":
             k = k.to(work)
@@ -279,7 +279,7 @@ def has_tangent(x: Tensor | None) -> bool:
     return torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is not None
 
 
-def _check_differentiable(choice: Choice, *tensors: Tensor | None) -> None:
+def check_differentiable(choice: Choice, *tensors: Tensor | None) -> None:
     """`chunked` has no forward-mode derivative, and PyTorch would silently take it for zero."""
     if choice.backend != "reference" and any(map(has_tangent, tensors)):
         refuse("backend", f"{choice.backend!r} under forward-mode differentiation", "'reference' there")
