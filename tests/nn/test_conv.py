@@ -52,3 +52,10 @@ def test_packed_is_looped_over_sequences_with_gradients(with_state):
     got = torch.autograd.grad((y * u).sum() + (final * v).sum(), inputs)
     expected = torch.autograd.grad((expected_y * u[0]).sum() + (expected_final * v).sum(), inputs)
     torch.testing.assert_close(got, expected)
+
+
+def test_weights_of_another_dtype_are_taken():
+    x, weight = torch.randn(1, 6, D, dtype=torch.bfloat16), torch.randn(D, 1, W)
+    for state in (None, torch.randn(1, D, W)):
+        y, _ = causal_conv1d(x, weight, state)
+        assert torch.equal(y, causal_conv1d(x, weight.bfloat16(), state)[0])

@@ -56,7 +56,7 @@ def convolutions() -> None:
         gen = torch.Generator().manual_seed(0)
         x = torch.randn(1, 70, 160, generator=gen).to(DEVICE, dtype).requires_grad_()
         weight = torch.randn(160, 1, 4, generator=gen).to(DEVICE, dtype).requires_grad_()
-        y, _ = short_convolution(x, weight, (5, 15, 140), None, cu_seqlens, "triton")
+        y, _ = short_convolution(x, weight, (5, 15, 140), 5, None, cu_seqlens, "triton")
         torch.autograd.grad(list(y), [x, weight], [torch.ones_like(part) for part in y])
 
 

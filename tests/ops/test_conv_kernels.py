@@ -10,6 +10,7 @@ from bf16 import round_as_a_gpu
 from mutants import CONVOLUTION_MUTANTS, mutate_kernels
 from torch.autograd import forward_ad
 
+import osdn
 from osdn import OnlineScaledDeltaNet, OSDNConfig
 from osdn.models import OSDNCache
 from osdn.nn.conv import causal_conv1d, short_convolution
@@ -32,7 +33,7 @@ def bf16_as_on_a_gpu(monkeypatch):
 
 
 def convolved(x, weight, sizes, cu_seqlens, backend):
-    y, last = short_convolution(x, weight, sizes, None, cu_seqlens, backend)
+    y, last = short_convolution(x, weight, sizes, 1, None, cu_seqlens, backend)
     assert backend != "triton" or all(part.is_contiguous() for part in y)
     return torch.cat(list(y), -1), last
 
@@ -82,19 +83,19 @@ def test_kernels_are_the_definition(case, dtype):
 def test_wider_ones_go_by_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "osdn.ops.triton.conv", None)
     x, weight = torch.randn(2, 9, 6, device=DEVICE), torch.randn(6, 1, 5, device=DEVICE)
-    got, last = short_convolution(x, weight, (2, 2, 2), backend="triton")
+    got, last = short_convolution(x, weight, (2, 2, 2), 1, backend="triton")
     y, state = causal_conv1d(x, weight)
     assert torch.equal(torch.cat(list(got), -1), F.silu(y))
     assert torch.equal(last, state)
     with pytest.raises(ImportError):
-        short_convolution(x, weight[..., 1:], (2, 2, 2), backend="triton")
+        short_convolution(x, weight[..., 1:], (2, 2, 2), 1, backend="triton")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch's own first time
 def test_forward_mode_is_refused():
     x, weight = torch.randn(2, 9, 6, device=DEVICE), torch.randn(6, 1, 4, device=DEVICE)
     with forward_ad.dual_level(), pytest.raises(ValueError, match="backend: got 'triton' under forward-mode"):
-        short_convolution(x, forward_ad.make_dual(weight, weight), (2, 2, 2), backend="triton")
+        short_convolution(x, forward_ad.make_dual(weight, weight), (2, 2, 2), 1, backend="triton")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: there, an edit costs no compilation")
@@ -111,7 +112,7 @@ def test_operator_is_what_pytorch_expects():
     sizes, cu_seqlens = [2, 3, 4], torch.tensor([0, 5, 20])
 
     def f(x, weight):
-        return short_convolution(x, weight, sizes, None, cu_seqlens, "triton")[0]
+        return short_convolution(x, weight, sizes, 1, None, cu_seqlens, "triton")[0]
 
     eager, compiled = (g(x, weight) for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")))
     gradients = [torch.autograd.grad(sum(y.sum() for y in parts), [x, weight]) for parts in (eager, compiled)]
@@ -121,6 +122,37 @@ def test_operator_is_what_pytorch_expects():
     forward, backward = torch.ops.osdn.triton_short_convolution, torch.ops.osdn.triton_short_convolution_backward
     torch.library.opcheck(forward.default, (*given[3:], cu_seqlens, sizes), test_utils="test_faketensor")
     torch.library.opcheck(backward.default, (*given, cu_seqlens, sizes, []), test_utils="test_faketensor")
+
+
+def test_a_graph_is_whole_also_where_kernels_are_not_imported_yet(monkeypatch):
+    monkeypatch.delitem(dispatch._MODULES, "triton", raising=False)
+    layer = OnlineScaledDeltaNet(16, 2, 8, backend="triton").to(DEVICE)
+    x = torch.randn(1, 5, 16, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there, an assertion ends the process")
+@pytest.mark.parametrize("offsets", [[0, 5], [1, 8], [0, 6, 3, 8]])
+def test_offsets_whose_values_no_one_reads_beforehand_are_asserted(offsets):
+    """As they are on a GPU, and in compiled graphs: kernels leave alone what no sequence has."""
+    x, weight = torch.randn(1, 8, 6), torch.randn(6, 1, 4)
+    q, beta = torch.randn(1, 8, 1, 16), torch.rand(1, 8, 1)
+
+    def convolve(offsets):
+        return short_convolution(x, weight, (2, 2, 2), 1, None, offsets, "triton")[0]
+
+    def rule(offsets):
+        options = {"preconditioner": None, "cu_seqlens": offsets, "backend": "triton"}
+        return osdn.online_scaled_delta_rule(q, q, q, beta, **options)[0]
+
+    def path(offsets):
+        options = {"preconditioner": osdn.Preconditioner(), "cu_seqlens": offsets, "backend": "triton"}
+        return osdn.precondition(q, beta, **options)[0]
+
+    for f in (convolve, rule, path):
+        with pytest.raises(RuntimeError, match="cu_seqlens do not go from 0 to T"):
+            torch.compile(f, fullgraph=True, backend="aot_eager")(torch.tensor(offsets))
 
 
 def test_kernels_keep_sequences_apart_also_where_one_is_nan():
@@ -136,7 +168,7 @@ def test_kernels_keep_sequences_apart_also_where_one_is_nan():
 def test_a_part_that_nothing_depends_on_has_no_gradient():
     x = torch.randn(2, 6, 6, device=DEVICE, requires_grad=True)
     weight = torch.randn(6, 1, 4, device=DEVICE, requires_grad=True)
-    (_, k, _), _ = short_convolution(x, weight, (2, 2, 2), backend="triton")
+    (_, k, _), _ = short_convolution(x, weight, (2, 2, 2), 1, backend="triton")
     dx, dweight = torch.autograd.grad(k.sum(), [x, weight])
     y = F.silu(causal_conv1d(x, weight)[0])[..., 2:4]
     torch.testing.assert_close([dx, dweight], list(torch.autograd.grad(y.sum(), [x, weight])))

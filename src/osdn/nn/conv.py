@@ -36,19 +36,20 @@ def short_convolution(
     x: Tensor,
     weight: Tensor,
     sizes: Sequence[int],
+    K: int,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Sequence[Tensor], Tensor]:
     """silu of `causal_conv1d`, in three parts of so many channels, and the state after x.
 
-    Where `backend` comes to the Triton kernels, by one of its own (ops/triton/conv.py), if no state is given and W <=
-    `WIDEST`.
+    Where the operator, of `backend` and K channels a head, has Triton kernels, by one of its own (ops/triton/conv.py),
+    if no state is given and W <= `WIDEST`.
 
     Raises:
         ValueError: by a kernel, under forward-mode differentiation, of which it knows nothing.
     """
-    choice = choose(x[..., :1], backend)
+    choice = choose(x[..., :K], backend)
     if choice.backend != "triton" or state is not None or weight.shape[-1] > WIDEST:
         y, state = causal_conv1d(x, weight, state, cu_seqlens)
         return F.silu(y).split(list(sizes), -1), state
@@ -83,6 +84,7 @@ def causal_conv1d(
         y `[B, T, D]` and the state after x, `[N, D, W]`, zeros at the left of sequences shorter than W.
     """
     D, W = x.shape[2], weight.shape[-1]
+    weight = weight.to(x.dtype)
     if cu_seqlens is None:
         if state is None:
             return F.conv1d(x.mT, weight, groups=D, padding=W - 1)[..., : x.shape[1]].mT, _last(x, W, None)

@@ -184,7 +184,7 @@ class DeltaMixer(nn.Module):
         if conv_state is not None:
             self._check_held(conv_state, state, p.conv, work)
         sizes = (self.H * self.K, self.H * self.K, self.HV * self.V)
-        (q, k, v), conv_state = short_convolution(p.qkv, p.conv, sizes, conv_state, cu_seqlens, self.backend)
+        (q, k, v), conv_state = short_convolution(p.qkv, p.conv, sizes, self.K, conv_state, cu_seqlens, self.backend)
         q, k = q.unflatten(-1, (self.H, self.K)), k.unflatten(-1, (self.H, self.K))
         v = v.unflatten(-1, (self.HV, self.V))
         beta = torch.sigmoid(p.b.to(work))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osdn.ops.options import work_dtype
@@ -21,8 +20,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        work = work_dtype(x)
-        y = F.rms_norm(x.to(work), self.weight.shape, self.weight.to(work), self.eps)
+        y = x.to(work_dtype(x))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(y.dtype)
         return (y if gate is None else y * gate.to(y.dtype)).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -6,7 +6,6 @@ and share keys among value heads on the way.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import os
@@ -42,7 +41,9 @@ class Choice:
     @property
     def module(self) -> ModuleType:
         if self.backend not in _MODULES:
-            _MODULES[self.backend] = importlib.import_module("osdn.ops.triton.function")
+            from osdn.ops.triton import function  # a statement, which torch.compile can trace
+
+            _MODULES[self.backend] = function
         return _MODULES[self.backend]
 
     def __str__(self) -> str:
@@ -99,7 +100,9 @@ def _gpu(device: torch.device) -> str:
 
 @cache
 def _triton() -> str:
-    return ".".join(importlib.import_module("triton").__version__.split(".")[:2])
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 def why_not_triton(q: Tensor) -> str:

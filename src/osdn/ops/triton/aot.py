@@ -154,7 +154,7 @@ def call(case: Case) -> None:
         backward(*osdn.precondition(k.repeat_interleave(case.groups, 2), beta, initial_d=state.d, **rule))
     sizes = (H * K, H * K, HV * V)
     parts = leaf(B, T, sum(sizes), dtype=case.dtype), leaf(sum(sizes), 1, 4, dtype=case.gates)
-    convolved, _ = short_convolution(*parts, sizes, None, bounds, "triton")
+    convolved, _ = short_convolution(*parts, sizes, K, None, bounds, "triton")
     torch.autograd.grad(list(convolved), parts, [torch.zeros_like(y) for y in convolved])
     with torch.no_grad():
         osdn.online_scaled_delta_step(

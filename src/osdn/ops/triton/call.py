@@ -53,6 +53,13 @@ def chunk_tables(x: Tensor, cu_seqlens: Tensor | None, C: int) -> Tables:
     return cu, torch.stack([torch.where(index < ends[-1], n, -1), inside], 1).contiguous(), starts
 
 
+def assert_covered(x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """That offsets go from 0 to T and never back, on the device: no kernel writes what no sequence has."""
+    if cu_seqlens is not None:
+        whole = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == x.shape[1])
+        torch._assert_async(whole & (cu_seqlens.diff() >= 0).all(), "cu_seqlens do not go from 0 to T")
+
+
 @dataclass(frozen=True)
 class Call:
     """Shapes and constants of a call, common to its kernels."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from osdn.ops.triton.call import Tables, chunk_tables, count_chunks
+from osdn.ops.triton.call import Tables, assert_covered, chunk_tables, count_chunks
 from osdn.ops.triton.function import differentiable, tensors
 from osdn.ops.triton.launch import CONFIGS, launch
 from osdn.ops.triton.shared import chunk_at, place
@@ -94,6 +94,7 @@ def _launch(kernel: Any, row: int, table: Tables, x: Tensor, weight: Tensor, **a
 
 
 def _forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, sizes: list[int]) -> tuple[Tensor, ...]:
+    assert_covered(x, cu_seqlens)
     made, table = _fake(x, weight, cu_seqlens, sizes), chunk_tables(x, cu_seqlens, C)
     for y, part, own in zip(made, x.split(sizes, -1), weight.split(sizes)):
         _launch(conv_fwd_kernel, x.shape[2], table, part, own, y=y)

@@ -22,7 +22,7 @@ from torch import Tensor
 from osdn.ops.options import Preconditioner
 from osdn.ops.triton import delta
 from osdn.ops.triton import precondition as kernels
-from osdn.ops.triton.call import Call
+from osdn.ops.triton.call import Call, assert_covered
 
 
 @dataclass(frozen=True)
@@ -271,6 +271,7 @@ def _delta_rule(
     d: Tensor | None, cu_seqlens: Tensor | None, rule: list[float], l2norm: bool, scale: float, chunk_size: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """o, S_end, d_end and what the backward needs: what `_Delta` keeps, norms of q and k, and the path of d."""
+    assert_covered(k, cu_seqlens)
     parts = _parts(q, k, v, beta, g, forget, cu_seqlens, d is not None, rule, l2norm, scale, chunk_size)
     rq, rk = (parts.call.tokens(k.shape[2]) if l2norm else None for _ in range(2))
     intra, path, d_end = parts.empty_intra(), None, None
@@ -327,6 +328,7 @@ def _precondition(
     k: Tensor, beta: Tensor | None, forget: Tensor | None, d: Tensor, cu_seqlens: Tensor | None, rule: list[float]
 ) -> tuple[Tensor, ...]:
     """d_t, d at the end and what the backward needs: d before each chunk, e, where clips may have fired."""
+    assert_covered(k, cu_seqlens)
     own = _alone(k, beta, forget, cu_seqlens, rule)
     used = own.call.tokens(*k.shape[2:])
     path, d_end = own.forward(d, None, used, DT=tl.float32, PRECISION=own.call.EXACT, OF_WRITE_KEY=False)
