@@ -20,9 +20,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LACKS = dispatch.why_not_triton(torch.empty(1, 1, 1, device=DEVICE))
 pytestmark = [
     pytest.mark.skipif(bool(LACKS), reason=LACKS or "nothing lacks"),
-    pytest.mark.filterwarnings(
-        "ignore:(overflow|invalid value) encountered:RuntimeWarning"
-    ),  # of a mutant that reads what is not its
+    # Of a mutant that reads what is not its own.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
 
 

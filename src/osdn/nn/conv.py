@@ -49,8 +49,8 @@ def short_convolution(
     Raises:
         ValueError: by a kernel, under forward-mode differentiation, of which it knows nothing.
     """
-    choice = choose(x[..., :K], backend)
-    if choice.backend != "triton" or state is not None or weight.shape[-1] > WIDEST:
+    choice = None if state is not None or weight.shape[-1] > WIDEST else choose(x[..., :K], backend)
+    if choice is None or choice.backend != "triton":
         y, state = causal_conv1d(x, weight, state, cu_seqlens)
         return F.silu(y).split(list(sizes), -1), state
     check_differentiable(choice, x, weight)
