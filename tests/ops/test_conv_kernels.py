@@ -90,6 +90,13 @@ def test_wider_ones_go_by_pytorch(monkeypatch):
         short_convolution(x, weight[..., 1:], (2, 2, 2), 1, backend="triton")
 
 
+def test_heads_that_the_operator_has_no_kernels_for_have_none_here(monkeypatch):
+    monkeypatch.setitem(sys.modules, "osdn.ops.triton.conv", None)
+    layer = OnlineScaledDeltaNet(8, 1, 257, backend="triton").to(DEVICE)
+    with pytest.raises(ValueError, match="head dimensions up to 256 and K = 257"):
+        layer(torch.randn(1, 3, 8, device=DEVICE))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch's own first time
 def test_forward_mode_is_refused():
     x, weight = torch.randn(2, 9, 6, device=DEVICE), torch.randn(6, 1, 4, device=DEVICE)
